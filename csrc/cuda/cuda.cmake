@@ -1,0 +1,36 @@
+# The second library, _cuda: what it takes to build it, decided here and nowhere else.
+# AUTO uses nvcc if it is there and says so, ON without one is an error, OFF is quiet.
+if(NOT PYCDGKD_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(CMAKE_CUDA_ARCHITECTURES OFF) # the list below is given to nvcc as it is
+    enable_language(CUDA)
+    execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known_archs
+                    COMMAND_ERROR_IS_FATAL ANY)
+    set(cuda_flags "")
+    foreach(arch 80 86 89 90 100 120)
+      if(known_archs MATCHES "compute_${arch}\n")
+        list(APPEND cuda_flags "--generate-code=arch=compute_${arch},code=sm_${arch}")
+        string(APPEND cuda_archs "${arch},")
+        set(newest_arch ${arch})
+      endif()
+    endforeach()
+    list(APPEND cuda_flags
+         "--generate-code=arch=compute_${newest_arch},code=compute_${newest_arch}")
+    string(APPEND cuda_archs "ptx")
+    set(with_cuda 1)
+    message(STATUS "pycdgkd: CUDA library with ${CMAKE_CUDA_COMPILER} for ${cuda_archs}")
+
+    pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/module.cpp csrc/cuda/device.cu)
+    target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>)
+    target_link_libraries(_cuda PRIVATE pycdgkd_options)
+    set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17)
+    install(TARGETS _cuda LIBRARY DESTINATION pycdgkd)
+  elseif(PYCDGKD_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "PYCDGKD_CUDA=ON, but no nvcc was found; install the CUDA toolkit, set "
+                        "CUDACXX to its nvcc, or use PYCDGKD_CUDA=AUTO")
+  else()
+    message(STATUS "pycdgkd: no nvcc found, building without the CUDA library")
+  endif()
+endif()

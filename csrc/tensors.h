@@ -1,0 +1,114 @@
+// Between torch's stable ABI and the kernels, the same for every device: argument checks with one
+// form of message (op, argument, expected, got) and views of tensors as plain structs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace pycdgkd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline std::string name_of(ScalarType type) {
+  std::string name = torch::headeronly::toString(type);
+  for (const auto& [from, to] : {std::pair{"Float", "float32"}, {"Double", "float64"},
+                                 {"BFloat16", "bfloat16"}, {"Half", "float16"}, {"Long", "int64"},
+                                 {"Int", "int32"}, {"Byte", "uint8"}}) {
+    if (name == from) return to;
+  }
+  return name;
+}
+
+inline std::string describe(const Tensor& tensor) {
+  std::ostringstream text;
+  text << name_of(tensor.scalar_type()) << " of shape (";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d > 0 ? ", " : "") << tensor.size(d);
+  text << ")";
+  return text.str();
+}
+
+[[noreturn]] inline void fail(const char* op, const std::string& argument,
+                              const std::string& expected, const std::string& got) {
+  throw std::runtime_error("pycdgkd." + std::string(op) + ": " + argument + ": expected " +
+                           expected + ", got " + got);
+}
+
+inline std::string element(const char* name, size_t index) {
+  return std::string(name) + "[" + std::to_string(index) + "]";
+}
+
+inline Dtype dtype_of(const char* op, const std::string& argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default:
+      fail(op, argument, "float32, float64, bfloat16 or float16", describe(tensor));
+  }
+}
+
+// One op's arguments: collects the arithmetic type (float64 only if every floating tensor is).
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+
+  const char* op() const { return op_; }
+  bool wide() const { return wide_.value_or(false); }
+  ScalarType arithmetic() const { return wide() ? ScalarType::Double : ScalarType::Float; }
+
+  // A (rows, columns) tensor; a negative size accepts any.
+  Matrix matrix(const std::string& name, const Tensor& tensor, int64_t rows, int64_t columns) {
+    const Dtype dtype = dtype_of(op_, name, tensor);
+    const bool fits = tensor.dim() == 2 && (rows < 0 || tensor.size(0) == rows) &&
+                      (columns < 0 || tensor.size(1) == columns);
+    if (!fits) {
+      const auto text = [](int64_t size, const char* letter) {
+        return size < 0 ? std::string(letter) : std::to_string(size);
+      };
+      fail(op_, name, "shape (" + text(rows, "N") + ", " + text(columns, "K") + ")",
+           describe(tensor));
+    }
+    arithmetic(name, dtype == Dtype::float64, tensor);
+    return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), dtype};
+  }
+
+  void check(bool condition, const std::string& argument, const std::string& expected,
+             const std::string& got) const {
+    if (!condition) fail(op_, argument, expected, got);
+  }
+
+ private:
+  void arithmetic(const std::string& name, bool wide, const Tensor& tensor) {
+    if (wide_.has_value() && *wide_ != wide) {
+      fail(op_, name,
+           *wide_ ? "float64 like the other floating-point arguments"
+                  : "no float64 beside arguments of lower precision",
+           describe(tensor));
+    }
+    wide_ = wide;
+  }
+
+  const char* op_;
+  std::optional<bool> wide_;
+};
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
+}
+
+inline Tensor empty_like_contiguous(const Tensor& like) {
+  return torch::stable::new_empty(like, like.sizes());
+}
+
+}  // namespace pycdgkd

@@ -1,0 +1,67 @@
+"""pycdgkd: cross-modal densely guided knowledge distillation with modality rebalancing.
+
+The public names below are loaded on first use, so that ``pycdgkd --help`` answers without torch.
+Touching any of them (or ``import pycdgkd.ops``) registers the ops under ``torch.ops.pycdgkd``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import data, models, ops, reference, training
+    from .losses import (
+        ClassPrototypes,
+        DistillationLoss,
+        PrototypeBank,
+        PrototypeLoss,
+        TeacherLoss,
+        class_prototypes,
+        convergence_rates,
+        distillation_loss,
+        modality_weights,
+        multi_source_kl,
+        prototype_loss,
+        sample_sources,
+        teacher_loss,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClassPrototypes",
+    "DistillationLoss",
+    "PrototypeBank",
+    "PrototypeLoss",
+    "TeacherLoss",
+    "class_prototypes",
+    "convergence_rates",
+    "data",
+    "distillation_loss",
+    "modality_weights",
+    "models",
+    "multi_source_kl",
+    "ops",
+    "prototype_loss",
+    "reference",
+    "sample_sources",
+    "teacher_loss",
+    "training",
+]
+
+_SUBMODULES = frozenset({"data", "models", "ops", "reference", "training"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in __all__:
+        value = getattr(importlib.import_module(".losses", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pycdgkd' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

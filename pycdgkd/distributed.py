@@ -1,0 +1,106 @@
+"""The teacher's loss over several processes: rates, means and divisors of the global batch.
+
+Losses whose weights depend on a sum over the batch (Eq. 6) are not the mean of the ranks' losses:
+each rank alone may even favour another modality. So the sums are reduced, the loss is formed from
+them on every rank, and each rank's gradient is scaled so that the mean over ranks is the gradient
+of the global batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .ops import _teacher_loss_grads
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # typeshed: Any
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def all_reduce_class_means(
+    means: list[Tensor], counts: Tensor, group: Any
+) -> tuple[list[Tensor], Tensor]:
+    """Global class means and counts from each rank's; differentiable in the means."""
+    sums = [mean * counts[:, None] for mean in means]
+    total = counts.clone()
+    dist.all_reduce(total, group=group)
+    divisor = total.clamp(min=1)[:, None]
+    return [_SumOverRanks.apply(local, group) / divisor for local in sums], total
+
+
+class _GlobalTeacherLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, modalities: int, options: Any, group: Any, logits: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        labels, counts, proto_weight, scale, ignore_index, need_grad = options
+        features, prototypes = list(rest[:modalities]), list(rest[modalities:])
+        *_, statistics, coefficients, residuals, unit_grad = torch.ops.pycdgkd.teacher_loss(
+            logits, features, prototypes, labels, counts, proto_weight, scale, ignore_index,
+            need_grad,
+        )  # fmt: skip
+        local_rows = statistics[1].clamp(min=1)
+        dist.all_reduce(statistics, group=group)
+        outputs, weights = _combine(statistics, modalities, proto_weight)
+        # The op divided the logits' gradient by this rank's rows; both parts want the global
+        # divisor, times the world size that the mean over ranks will take away again.
+        world = dist.get_world_size(group)
+        coefficients[0] = world * local_rows / statistics[1].clamp(min=1)
+        coefficients[1:] = (
+            world * proto_weight * 2 * scale * weights / statistics[2].clamp(min=1)
+        )
+        ctx.need_grad, ctx.modalities = need_grad, modalities
+        ctx.save_for_backward(
+            coefficients, residuals, unit_grad, logits, counts, *features, *prototypes
+        )
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        results = tuple(output.to(dtype) for output in outputs)
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:  # type: ignore[override]  # typeshed: Any
+        grad_logits, grad_features, grad_prototypes = _teacher_loss_grads(ctx, grad_loss)
+        return (
+            None, None, None, grad_logits, *grad_features, *grad_prototypes[: ctx.modalities],
+        )  # fmt: skip
+
+
+def _combine(
+    statistics: Tensor, modalities: int, proto_weight: float
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(loss, cross_entropy, prototype_losses, rates, weights) of the summed statistics (Eqs. 4-6).
+
+    statistics: sum of the cross-entropies, rows in it, rows in the prototype losses, then the M
+    sums of prototype losses and the M rates.
+    """
+    cross_entropy = statistics[0] / statistics[1]
+    prototype_losses = statistics[3 : 3 + modalities] / statistics[2]
+    rates = statistics[3 + modalities :]
+    weights = torch.ops.pycdgkd.modality_weights(rates)
+    loss = (1 - proto_weight) * cross_entropy + proto_weight * (weights * prototype_losses).sum()
+    return (loss, cross_entropy, prototype_losses, rates, weights), weights
+
+
+def global_teacher_loss(arguments: tuple[Any, ...], group: Any) -> tuple[Tensor, ...]:
+    """``teacher_loss`` over the global batch; arguments as the op takes them."""
+    logits, features, prototypes, *options = arguments
+    outputs = _GlobalTeacherLoss.apply(
+        len(features), options, group, logits, *features, *prototypes
+    )
+    return tuple(outputs)

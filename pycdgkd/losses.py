@@ -1,0 +1,454 @@
+"""The method's losses: prototype rebalancing (Eqs. 1-6) and dense guidance (Eq. 9), fused.
+
+Letters: N rows, D feature width, K classes, S sources, M modalities. Feature and logit tensors may
+be float32, float64, bfloat16 or float16 with any strides; arithmetic and returned losses are in
+float32 (float64 for float64, which must not be mixed with lower precision), whatever autocast says.
+Labels are int64, int32 or uint8. Rows labelled ``ignore_index`` take no part. Without a row that
+takes part, a mean is NaN and its gradient zero, as in ``torch.nn.functional.cross_entropy``.
+
+Wrong options raise ``ValueError``, wrong tensors ``RuntimeError``; the message names the function,
+the argument, what was expected and what came. Equations are those of the paper (IJCAI 2025);
+``pycdgkd.reference`` states them in plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .distributed import all_reduce_class_means, global_teacher_loss
+
+_ops = torch.ops.pycdgkd
+
+
+class ClassPrototypes(NamedTuple):
+    """Eq. 1: class means and how many rows each was taken over."""
+
+    prototypes: Tensor  # (K, D)
+    counts: Tensor  # (K,) int64
+
+
+class PrototypeLoss(NamedTuple):
+    """Eqs. 2-3."""
+
+    loss: Tensor  # scalar, or (N,)
+    true_prob: Tensor  # (N,), no gradient
+
+
+class TeacherLoss(NamedTuple):
+    """Eq. 5 and its parts; only ``loss`` carries a gradient."""
+
+    loss: Tensor  # scalar
+    cross_entropy: Tensor  # scalar
+    prototype_losses: Tensor  # (M,)
+    convergence_rates: Tensor  # (M,)
+    modality_weights: Tensor  # (M,)
+
+
+class DistillationLoss(NamedTuple):
+    """Eq. 9 and its parts; only ``loss`` carries a gradient."""
+
+    loss: Tensor  # scalar
+    cross_entropy: Tensor  # scalar
+    kl: Tensor  # scalar
+
+
+def class_prototypes(
+    features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = -100
+) -> ClassPrototypes:
+    """Class means of the features (Eq. 1).
+
+    Args:
+        features: (N, D).
+        labels: (N,) classes from 0 to num_classes - 1, or ignore_index.
+        num_classes: K.
+        ignore_index: label of rows that take no part.
+
+    Returns:
+        prototypes (K, D) in the arithmetic dtype (a zero row for an absent class), differentiable
+        in ``features``; counts (K,) int64.
+    """
+    prototypes, counts = _ops.class_prototypes([features], labels, num_classes, ignore_index)
+    return ClassPrototypes(prototypes[0], counts)
+
+
+def prototype_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    class_counts: Tensor | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> PrototypeLoss:
+    """Cross-entropy of the softmax over negative squared distances to the prototypes (Eqs. 2-3).
+
+    Args:
+        features: (N, D).
+        prototypes: (K, D).
+        labels: (N,).
+        class_counts: (K,); classes of count 0 take no part, neither as candidates nor with rows
+            that bear their label. None: all classes take part.
+        scale: factor of the squared distance, > 0. The paper's is 1; 1/D keeps wide features from
+            saturating the softmax.
+        reduction: "mean" over the rows that take part, "sum", or "none".
+        ignore_index: label of rows that take no part (loss 0, true_prob 0).
+
+    Returns:
+        loss, differentiable in features and prototypes; true_prob (N,), detached.
+    """
+    _check("prototype_loss", "scale", scale, scale > 0, "a number above 0")
+    _check_choice("prototype_loss", "reduction", reduction, ops.REDUCTIONS)
+    loss, true_prob, _, _ = _ops.prototype_loss(
+        features,
+        prototypes,
+        labels,
+        _counts(class_counts),
+        scale,
+        ops.REDUCTIONS[reduction],
+        ignore_index,
+        _need_grad(features, prototypes),
+    )
+    return PrototypeLoss(loss, true_prob)
+
+
+def convergence_rates(
+    features: Sequence[Tensor],
+    prototypes: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    class_counts: Tensor | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Sum over the batch of the true class's probability, for each of M modalities (Eq. 4).
+
+    Args:
+        features: M tensors (N, D_m).
+        prototypes: M tensors (K, D_m).
+        labels: (N,).
+        class_counts, scale, ignore_index: as in ``prototype_loss``.
+
+    Returns:
+        (M,) rates between 0 and N; no gradient.
+    """
+    _check("convergence_rates", "scale", scale, scale > 0, "a number above 0")
+    features, prototypes = _modalities("convergence_rates", features, prototypes)
+    with torch.no_grad():
+        rates = _ops.convergence_rates(
+            features, prototypes, labels, _counts(class_counts), scale, ignore_index
+        )
+    return cast(Tensor, rates)
+
+
+def modality_weights(convergence_rates: Tensor) -> Tensor:
+    """Weight of each modality's prototype loss (Eq. 6): clip((max r - r_m) / r_m, 0, 1).
+
+    Args:
+        convergence_rates: (M,), M >= 1.
+
+    Returns:
+        (M,) in [0, 1]; the fastest modality gets 0. A rate of 0 beside a larger one gives 1, all
+        rates 0 give 0. No gradient.
+    """
+    with torch.no_grad():
+        return cast(Tensor, _ops.modality_weights(convergence_rates))
+
+
+def teacher_loss(
+    logits: Tensor,
+    features: Sequence[Tensor],
+    labels: Tensor,
+    prototypes: Sequence[Tensor] | None = None,
+    *,
+    class_counts: Tensor | None = None,
+    proto_weight: float = 0.5,
+    scale: float = 1.0,
+    detach_prototypes: bool = True,
+    ignore_index: int = -100,
+    process_group: Any = None,
+) -> TeacherLoss:
+    """The rebalanced teacher's loss (Eq. 5): (1 - alpha) CE + alpha sum_m lambda_m L_proto^m.
+
+    One op forward and one backward for all modalities (batch means take one more forward op, and
+    one more backward if they are not detached). lambda is never differentiated.
+
+    Args:
+        logits: (N, K) of the fused classifier.
+        features: M tensors (N, D_m), one a modality.
+        labels: (N,).
+        prototypes: M tensors (K, D_m), for instance of a ``PrototypeBank`` for each modality. None:
+            the class means of this batch. Batch means contain each row itself, so that wide noise
+            looks separable; prefer prototypes of the whole training set.
+        class_counts: (K,), as in ``prototype_loss``; only with given prototypes.
+        proto_weight: the paper's alpha, in [0, 1].
+        scale: as in ``prototype_loss``.
+        detach_prototypes: no gradient into the prototypes (nor, for batch means, through them).
+        ignore_index: label of rows that take no part.
+        process_group: a ``torch.distributed`` group. Rates, weights, batch means and the divisor
+            are then those of the global batch, and the reported values are the global ones; the
+            mean of the ranks' gradients (what DistributedDataParallel forms) is the gradient of
+            the global batch, whatever share of it each rank holds.
+
+    Returns:
+        ``TeacherLoss``; ``loss`` is differentiable in logits, features and, unless detached,
+        prototypes.
+    """
+    name = "teacher_loss"
+    _check(name, "scale", scale, scale > 0, "a number above 0")
+    _check(name, "proto_weight", proto_weight, 0 <= proto_weight <= 1, "a number from 0 to 1")
+    features, given = _modalities(name, features, prototypes)
+    counts = _counts(class_counts)
+    if prototypes is None:
+        if class_counts is not None:
+            raise ValueError(f"pycdgkd.{name}: class_counts go with prototypes; got prototypes=None")
+        means_of = [z.detach() for z in features] if detach_prototypes else features
+        given, counts = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
+        if process_group is not None:
+            given, counts = all_reduce_class_means(given, counts, process_group)
+    if detach_prototypes:
+        given = [c.detach() for c in given]
+    arguments = (
+        logits, features, given, labels, counts, proto_weight, scale, ignore_index,
+        _need_grad(logits, *features, *given),
+    )  # fmt: skip
+    if process_group is not None:
+        return TeacherLoss(*global_teacher_loss(arguments, process_group))
+    return TeacherLoss(*_ops.teacher_loss(*arguments)[:5])
+
+
+def multi_source_kl(
+    logits: Tensor,
+    sources: Tensor | Sequence[Tensor],
+    *,
+    source_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    direction: str = "reverse",
+    reduction: str = "mean",
+) -> Tensor:
+    """sum_j w_j KL between one student and S sources, straight from logits (Eq. 9, second term).
+
+    Args:
+        logits: (N, K) of the student.
+        sources: (S, N, K), or S tensors (N, K), which are not stacked. Detached: one that requires
+            a gradient is refused.
+        source_weights: (S,), used as they are; None means 1/S each. A source of weight 0 is not
+            read; all zeros give 0 with zero gradient.
+        temperature: T > 0; softmax(logits / T) on both sides. No factor T^2.
+        direction: "reverse" is KL(student || source), as the paper prints it; "forward" is
+            KL(source || student), the usual distillation loss.
+        reduction: "mean" over rows, "sum", or "none".
+
+    Returns:
+        scalar or (N,), never negative, +inf only where the first distribution has mass and the
+        second has none (-inf logits); differentiable in ``logits`` alone.
+    """
+    name = "multi_source_kl"
+    _check_choice(name, "reduction", reduction, ops.REDUCTIONS)
+    source_list = _sources(name, sources, temperature, direction)
+    loss, _ = _ops.multi_source_kl(
+        logits,
+        source_list,
+        source_weights,
+        temperature,
+        ops.DIRECTIONS[direction],
+        ops.REDUCTIONS[reduction],
+        _need_grad(logits),
+    )
+    return cast(Tensor, loss)
+
+
+def distillation_loss(
+    logits: Tensor,
+    sources: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    kd_weight: float = 0.5,
+    temperature: float = 2.0,
+    direction: str = "reverse",
+    temperature_power: float = 0,
+    source_weights: Tensor | None = None,
+    ignore_index: int = -100,
+) -> DistillationLoss:
+    """The densely guided student's loss (Eq. 9): (1 - beta) CE + beta T^a sum_j w_j KL.
+
+    Args:
+        logits: (N, K) of the student.
+        sources, source_weights, temperature, direction: as in ``multi_source_kl``.
+        labels: (N,).
+        kd_weight: the paper's beta, in [0, 1].
+        temperature_power: a; 0 as in the paper, 2 as in Hinton's distillation.
+        ignore_index: label of rows that take part in neither term.
+
+    Returns:
+        ``DistillationLoss``; the cross-entropy is at temperature 1. ``loss`` is differentiable in
+        ``logits`` alone.
+    """
+    name = "distillation_loss"
+    _check(name, "kd_weight", kd_weight, 0 <= kd_weight <= 1, "a number from 0 to 1")
+    source_list = _sources(name, sources, temperature, direction)
+    outputs = _ops.distillation_loss(
+        logits,
+        source_list,
+        labels,
+        source_weights,
+        kd_weight,
+        temperature,
+        ops.DIRECTIONS[direction],
+        temperature_power,
+        ignore_index,
+        _need_grad(logits),
+    )
+    return DistillationLoss(*outputs[:3])
+
+
+_STRATEGIES = ("all", "subset", "bernoulli_sum", "drop_one")
+
+
+def sample_sources(
+    num_sources: int,
+    *,
+    strategy: str = "subset",
+    drop_prob: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the source weights of one training step (the paper's stochastic subset S_i).
+
+    Args:
+        num_sources: S >= 1.
+        strategy: "subset": each source is kept with probability 1 - drop_prob, redrawn until one
+            is kept, weights sum to 1 (the paper). "all": 1/S each. "bernoulli_sum": kept sources
+            weigh 1, possibly none is kept (the authors' code). "drop_one": all but one, weights
+            sum to 1; a single source is never dropped.
+        drop_prob: in [0, 1), or [0, 1] for "bernoulli_sum".
+        generator: of the CPU; None: torch's global one.
+
+    Returns:
+        (S,) float32 on the CPU.
+    """
+    name = "sample_sources"
+    _check(name, "num_sources", num_sources, num_sources >= 1, "at least 1")
+    _check_choice(name, "strategy", strategy, _STRATEGIES)
+    largest = 1.0 if strategy == "bernoulli_sum" else 1.0 - 1e-6
+    _check(name, "drop_prob", drop_prob, 0.0 <= drop_prob <= largest, "a probability below 1")
+    if strategy == "all" or (strategy == "drop_one" and num_sources == 1):
+        return torch.full((num_sources,), 1.0 / num_sources)
+    if strategy == "drop_one":
+        kept = torch.ones(num_sources)
+        kept[int(torch.randint(num_sources, (), generator=generator))] = 0.0
+        return kept / (num_sources - 1)
+    kept = torch.rand(num_sources, generator=generator) >= drop_prob
+    while strategy == "subset" and not bool(kept.any()):
+        kept = torch.rand(num_sources, generator=generator) >= drop_prob
+    return kept.float() if strategy == "bernoulli_sum" else kept.float() / kept.sum()
+
+
+class PrototypeBank(nn.Module):
+    """Class prototypes over a whole pass of the training set, smoothed from pass to pass (Eq. 1).
+
+    Call ``update`` on every batch of a pass, then ``refresh`` once. State is in buffers, so it is
+    saved with the model; nothing is differentiated.
+
+    Args:
+        num_classes: K.
+        dim: D.
+        momentum: share of the old prototypes kept at a refresh, in [0, 1).
+
+    Attributes:
+        prototypes: (K, D) float32, zero rows for classes never seen.
+        counts: (K,) int64, rows of each class in the last pass that had any.
+    """
+
+    prototypes: Tensor
+    counts: Tensor
+    _sums: Tensor
+    _pending: Tensor
+
+    def __init__(self, num_classes: int, dim: int, *, momentum: float = 0.2) -> None:
+        super().__init__()
+        _check("PrototypeBank", "momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)")
+        self.momentum = momentum
+        self.register_buffer("prototypes", torch.zeros(num_classes, dim))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("_sums", torch.zeros(num_classes, dim, dtype=torch.float64))
+        self.register_buffer("_pending", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch (N, D) with labels (N,) to the pass; rows labelled -100 take no part."""
+        means, counts = class_prototypes(features, labels, len(self.counts))
+        self._sums += means.double() * counts[:, None]
+        self._pending += counts
+
+    @torch.no_grad()
+    def refresh(self, process_group: Any = None) -> None:
+        """Close the pass: prototypes <- momentum * old + (1 - momentum) * new class means.
+
+        A class seen for the first time takes its new mean; one not seen in this pass keeps its old
+        prototype. With a process group, sums and counts are those of all ranks.
+        """
+        sums, counts = self._sums, self._pending
+        if process_group is not None:
+            torch.distributed.all_reduce(sums, group=process_group)
+            torch.distributed.all_reduce(counts, group=process_group)
+        means = (sums / counts.clamp(min=1)[:, None]).to(self.prototypes.dtype)
+        keep = torch.where(self.counts > 0, self.momentum, 0.0)[:, None]
+        blended = keep * self.prototypes + (1 - keep) * means
+        self.prototypes.copy_(torch.where((counts > 0)[:, None], blended, self.prototypes))
+        self.counts.copy_(torch.where(counts > 0, counts, self.counts))
+        self._sums.zero_()
+        self._pending.zero_()
+
+
+def _check(op: str, name: str, value: object, fine: bool, expected: str) -> None:
+    if not fine:
+        raise ValueError(f"pycdgkd.{op}: {name}: expected {expected}, got {value!r}")
+
+
+def _check_choice(op: str, name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        listed = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"pycdgkd.{op}: {name}: expected one of {listed}, got {value!r}")
+
+
+def _need_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _counts(class_counts: Tensor | None) -> Tensor | None:
+    return None if class_counts is None else class_counts.to(torch.int64)
+
+
+def _modalities(
+    op: str, features: Sequence[Tensor], prototypes: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    for name, value in (("features", features), ("prototypes", prototypes)):
+        if isinstance(value, Tensor):
+            raise ValueError(
+                f"pycdgkd.{op}: {name}: expected a sequence of tensors, one for each modality, "
+                f"got one tensor of shape {tuple(value.shape)}"
+            )
+    return list(features), list(prototypes or ())
+
+
+def _sources(
+    op: str, sources: Tensor | Sequence[Tensor], temperature: float, direction: str
+) -> list[Tensor]:
+    _check(op, "temperature", temperature, temperature > 0, "a number above 0")
+    _check_choice(op, "direction", direction, ops.DIRECTIONS)
+    if isinstance(sources, Tensor):
+        shape = tuple(sources.shape)
+        _check(op, "sources", shape, sources.dim() == 3, "shape (S, N, K) or a sequence of (N, K)")
+        sources = sources.unbind(0)
+    for index, source in enumerate(sources):
+        if source.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"pycdgkd.{op}: sources[{index}]: expected a tensor without gradient (sources are "
+                "fixed), got one that requires grad; pass source.detach()"
+            )
+    return list(sources)
