@@ -1,5 +1,5 @@
-// The seam between the kernels and everything that knows torch or Python: plain structs of pointers,
-// sizes and strides (in elements), and one table of functions for each instruction set.
+// The seam between the kernels and everything that knows torch or Python: plain structs of
+// pointers, sizes and strides (in elements), and one table of functions for each instruction set.
 //
 // Letters: N rows, D feature width, K classes, S sources. "A" is the arithmetic type: double for
 // float64 data, float for all other; `wide` says which. Arrays typed void* hold A unless said

@@ -1,5 +1,5 @@
-// The Python module _C: importing it registers the ops; it also tells how it was built and runs each
-// kernel on NumPy arrays, one thread, with neither dispatcher nor autograd in between.
+// The Python module _C: importing it registers the ops; it also tells how it was built and runs
+// each kernel on NumPy arrays, one thread, with neither dispatcher nor autograd in between.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -84,10 +84,9 @@ struct Centred {
         mean(arithmetic_array(wide, {prototypes.shape(1)})),
         centred(arithmetic_array(wide, {prototypes.shape(0), prototypes.shape(1)})),
         bias(arithmetic_array(wide, {prototypes.shape(0)})) {
-    cpu::kernels().centre_prototypes({prototypes.shape(1), prototypes.shape(0), wide, scale,
-                                      matrix(prototypes, -1, -1), active.data(),
-                                      mean.mutable_data(), centred.mutable_data(),
-                                      bias.mutable_data()});
+    cpu::kernels().centre_prototypes(
+        {prototypes.shape(1), prototypes.shape(0), wide, scale, matrix(prototypes, -1, -1),
+         active.data(), mean.mutable_data(), centred.mutable_data(), bias.mutable_data()});
   }
   std::vector<uint8_t> active;
   py::array mean, centred, bias;
@@ -104,11 +103,10 @@ py::tuple prototype_loss(const py::array& features, const py::array& prototypes,
   py::array true_prob = arithmetic_array(wide, {N});
   py::array residual = arithmetic_array(wide, {N, K});
   std::vector<double> loss(num_blocks(N)), rate(num_blocks(N));
-  cpu::kernels().prototype_forward({N, D, K, wide, scale, z, c.mean.data(), c.centred.data(),
-                                    c.bias.data(), classes.data(), nullptr,
-                                    true_prob.mutable_data(), residual.mutable_data(), loss.data(),
-                                    rate.data()},
-                                   serial);
+  cpu::kernels().prototype_forward(
+      {N, D, K, wide, scale, z, c.mean.data(), c.centred.data(), c.bias.data(), classes.data(),
+       nullptr, true_prob.mutable_data(), residual.mutable_data(), loss.data(), rate.data()},
+      serial);
   return py::make_tuple(sum_of(loss), true_prob, residual);
 }
 

@@ -1,124 +1,17 @@
-// The CPU side of every op: checks, allocation, launch. What each op means is said in pycdgkd/ops.py.
+// The CPU side of every op: checks, allocation, launch. What each op means is said in
+// pycdgkd/ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <memory>
 #include <tuple>
 
-#include "row_math.h"
-#include "tensors.h"
+#include "cpu_values.h"
 
 namespace pycdgkd {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-
 enum class Reduction : int64_t { none, mean, sum };
-
-void torch_threads(int64_t count, int64_t grain, RangeBody body, void* context) {
-  torch::stable::parallel_for(
-      0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
-double sum_of(const std::vector<double>& values) {
-  double sum = 0.0;
-  for (const double value : values) sum += value;
-  return sum;
-}
-
-// Element i of a 1-D (or 0-D) floating tensor.
-double value_at(const Tensor& tensor, int64_t i) {
-  const int64_t at = tensor.dim() == 0 ? 0 : i * tensor.stride(0);
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return static_cast<const double*>(tensor.const_data_ptr())[at];
-    case ScalarType::Float: return static_cast<const float*>(tensor.const_data_ptr())[at];
-    case ScalarType::BFloat16:
-      return baseline::to_arithmetic(
-          static_cast<const baseline::bfloat16*>(tensor.const_data_ptr())[at]);
-    case ScalarType::Half:
-      return baseline::to_arithmetic(
-          static_cast<const baseline::float16*>(tensor.const_data_ptr())[at]);
-    default: throw std::runtime_error("pycdgkd: expected a floating tensor, got " + describe(tensor));
-  }
-}
-
-// A 1-D or 0-D output filled from doubles.
-Tensor filled(const std::vector<double>& values, bool scalar, ScalarType type, const Tensor& like) {
-  const auto count = static_cast<int64_t>(values.size());
-  Tensor out = scalar ? empty({}, type, like) : empty({count}, type, like);
-  for (int64_t i = 0; i < count; ++i) {
-    if (type == ScalarType::Double) {
-      static_cast<double*>(out.mutable_data_ptr())[i] = values[i];
-    } else {
-      static_cast<float*>(out.mutable_data_ptr())[i] = static_cast<float>(values[i]);
-    }
-  }
-  return out;
-}
-
-Tensor scalar(double value, ScalarType type, const Tensor& like) {
-  return filled({value}, true, type, like);
-}
-
-template <class Integer>
-void read_labels(const Arguments& args, const Tensor& labels, int64_t K, int64_t ignore_index,
-                 std::vector<int32_t>& classes) {
-  const auto* data = static_cast<const Integer*>(labels.const_data_ptr());
-  const int64_t stride = labels.stride(0);
-  for (size_t i = 0; i < classes.size(); ++i) {
-    const auto label = static_cast<int64_t>(data[static_cast<int64_t>(i) * stride]);
-    const bool ignored = label == ignore_index;
-    if (!ignored && (label < 0 || label >= K)) {
-      fail(args.op(), element("labels", i),
-           "a class from 0 to " + std::to_string(K - 1) + " or ignore_index (" +
-               std::to_string(ignore_index) + ")",
-           std::to_string(label));
-    }
-    classes[i] = ignored ? -1 : static_cast<int32_t>(label);
-  }
-}
-
-// Class of each row, -1 where it is ignored.
-std::vector<int32_t> read_classes(const Arguments& args, const Tensor& labels, int64_t N, int64_t K,
-                                  int64_t ignore_index) {
-  args.check(labels.dim() == 1 && labels.size(0) == N, "labels",
-             "shape (" + std::to_string(N) + ",)", describe(labels));
-  args.check(K >= 1 && K <= std::numeric_limits<int32_t>::max() / 2, "number of classes",
-             "at least 1 and below 2^30", std::to_string(K));
-  std::vector<int32_t> classes(static_cast<size_t>(N));
-  switch (labels.scalar_type()) {
-    case ScalarType::Long: read_labels<int64_t>(args, labels, K, ignore_index, classes); break;
-    case ScalarType::Int: read_labels<int32_t>(args, labels, K, ignore_index, classes); break;
-    case ScalarType::Byte: read_labels<uint8_t>(args, labels, K, ignore_index, classes); break;
-    default: fail(args.op(), "labels", "int64, int32 or uint8", describe(labels));
-  }
-  return classes;
-}
-
-int64_t count_rows(const std::vector<int32_t>& classes) {
-  return std::count_if(classes.begin(), classes.end(), [](int32_t c) { return c >= 0; });
-}
-
-// Which classes take part: all, or those with a count above zero.
-std::vector<uint8_t> read_active(const Arguments& args, const std::optional<Tensor>& counts,
-                                 int64_t K) {
-  std::vector<uint8_t> active(static_cast<size_t>(K), 1);
-  if (!counts.has_value()) return active;
-  args.check(counts->dim() == 1 && counts->size(0) == K && counts->scalar_type() == ScalarType::Long,
-             "class_counts", "int64 of shape (" + std::to_string(K) + ",)", describe(*counts));
-  const auto* data = static_cast<const int64_t*>(counts->const_data_ptr());
-  for (int64_t k = 0; k < K; ++k) active[k] = data[k * counts->stride(0)] > 0;
-  return active;
-}
-
-// A row of an absent class has no prototype to be near to: it takes no part.
-std::vector<int32_t> active_classes(std::vector<int32_t> classes,
-                                    const std::vector<uint8_t>& active) {
-  for (int32_t& c : classes) c = c >= 0 && active[c] ? c : -1;
-  return classes;
-}
 
 // The prototypes of one modality, centred, in memory of their own.
 struct Centred {
@@ -146,10 +39,10 @@ ModalitySums prototype_forward(const Arguments& args, const Matrix& features, in
                                const std::vector<int32_t>& classes, void* row_loss, void* true_prob,
                                void* residual) {
   std::vector<double> loss(num_blocks(N)), rate(num_blocks(N));
-  cpu::kernels().prototype_forward({N, D, K, args.wide(), scale, features, c.mean, c.centred, c.bias,
-                                    classes.data(), row_loss, true_prob, residual, loss.data(),
-                                    rate.data()},
-                                   torch_threads);
+  cpu::kernels().prototype_forward(
+      {N, D, K, args.wide(), scale, features, c.mean, c.centred, c.bias, classes.data(), row_loss,
+       true_prob, residual, loss.data(), rate.data()},
+      torch_threads);
   return {sum_of(loss), sum_of(rate)};
 }
 
@@ -226,10 +119,12 @@ Tensors class_prototypes_backward(const Tensors& grad_prototypes, const Tensors&
 
 // ---- prototype_loss -----------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_loss(
-    const Tensor& features, const Tensor& prototypes, const Tensor& labels,
-    const std::optional<Tensor>& class_counts, double scale, int64_t reduction,
-    int64_t ignore_index, bool need_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_loss(const Tensor& features,
+                                                          const Tensor& prototypes,
+                                                          const Tensor& labels,
+                                                          const std::optional<Tensor>& class_counts,
+                                                          double scale, int64_t reduction,
+                                                          int64_t ignore_index, bool need_grad) {
   Arguments args("prototype_loss");
   const Matrix z = args.matrix("features", features, -1, -1);
   const int64_t N = features.size(0), D = features.size(1);
@@ -258,9 +153,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_loss(
 }
 
 // Gradients of one modality, each made only if wanted.
-std::tuple<Tensor, Tensor> modality_backward(Arguments& args, double factor,
-                                             const void* row_factor, const void* residual,
-                                             const Tensor& features, const Tensor& prototypes,
+std::tuple<Tensor, Tensor> modality_backward(Arguments& args, double factor, const void* row_factor,
+                                             const void* residual, const Tensor& features,
+                                             const Tensor& prototypes,
                                              const std::optional<Tensor>& class_counts,
                                              bool need_features, bool need_prototypes) {
   const int64_t N = features.size(0), D = features.size(1), K = prototypes.size(0);
@@ -277,18 +172,20 @@ std::tuple<Tensor, Tensor> modality_backward(Arguments& args, double factor,
   }
   Tensor grad_prototypes = residual_output(args, {K, D}, need_prototypes, prototypes);
   if (need_prototypes) {
-    cpu::kernels().prototype_grad({N, D, K, args.wide(), factor, row_factor, residual, z,
-                                   centred.mean, centred.centred,
-                                   grad_prototypes.mutable_data_ptr()},
-                                  torch_threads);
+    cpu::kernels().prototype_grad(
+        {N, D, K, args.wide(), factor, row_factor, residual, z, centred.mean, centred.centred,
+         grad_prototypes.mutable_data_ptr()},
+        torch_threads);
   }
   return {grad_features, grad_prototypes};
 }
 
-std::tuple<Tensor, Tensor> prototype_loss_backward(
-    const Tensor& grad_loss, const Tensor& coefficient, const Tensor& residual,
-    const Tensor& features, const Tensor& prototypes, const std::optional<Tensor>& class_counts,
-    bool need_features, bool need_prototypes) {
+std::tuple<Tensor, Tensor> prototype_loss_backward(const Tensor& grad_loss,
+                                                   const Tensor& coefficient,
+                                                   const Tensor& residual, const Tensor& features,
+                                                   const Tensor& prototypes,
+                                                   const std::optional<Tensor>& class_counts,
+                                                   bool need_features, bool need_prototypes) {
   Arguments args("prototype_loss_backward");
   const double factor = value_at(coefficient, 0);
   if (grad_loss.dim() == 0) {
@@ -296,13 +193,14 @@ std::tuple<Tensor, Tensor> prototype_loss_backward(
                              residual.const_data_ptr(), features, prototypes, class_counts,
                              need_features, need_prototypes);
   }
-  const Tensor rows = torch::stable::contiguous(
-      torch::stable::to(grad_loss, residual.scalar_type()));
+  const Tensor rows =
+      torch::stable::contiguous(torch::stable::to(grad_loss, residual.scalar_type()));
   return modality_backward(args, factor, rows.const_data_ptr(), residual.const_data_ptr(), features,
                            prototypes, class_counts, need_features, need_prototypes);
 }
 
-// ---- convergence_rates, modality_weights ----------------------------------------------------------
+// ---- convergence_rates, modality_weights
+// ----------------------------------------------------------
 
 Tensor convergence_rates(const Tensors& features, const Tensors& prototypes, const Tensor& labels,
                          const std::optional<Tensor>& class_counts, double scale,
@@ -319,8 +217,9 @@ Tensor convergence_rates(const Tensors& features, const Tensors& prototypes, con
     const int64_t D = features[m].size(1);
     const Matrix c = args.matrix(element("prototypes", m), prototypes[m], K, D);
     const Centred centred(c, D, K, args.wide(), scale, active);
-    rates.push_back(prototype_forward(args, z, N, D, K, scale, centred, classes, nullptr, nullptr,
-                                      nullptr).rate);
+    rates.push_back(
+        prototype_forward(args, z, N, D, K, scale, centred, classes, nullptr, nullptr, nullptr)
+            .rate);
   }
   return filled(rates, false, args.arithmetic(), features[0]);
 }
@@ -335,8 +234,8 @@ std::vector<double> weights_from(const std::vector<double>& rates) {
 
 Tensor modality_weights(const Tensor& rates) {
   Arguments args("modality_weights");
-  args.check(rates.dim() == 1 && rates.size(0) >= 1, "convergence_rates",
-             "shape (M,) with M >= 1", describe(rates));
+  args.check(rates.dim() == 1 && rates.size(0) >= 1, "convergence_rates", "shape (M,) with M >= 1",
+             describe(rates));
   dtype_of(args.op(), "convergence_rates", rates);
   std::vector<double> values;
   for (int64_t m = 0; m < rates.size(0); ++m) values.push_back(value_at(rates, m));
@@ -344,7 +243,8 @@ Tensor modality_weights(const Tensor& rates) {
   return filled(weights_from(values), false, wide ? ScalarType::Double : ScalarType::Float, rates);
 }
 
-// ---- teacher_loss ---------------------------------------------------------------------------------
+// ---- teacher_loss
+// ---------------------------------------------------------------------------------
 
 struct CrossEntropy {
   double sum;
@@ -356,10 +256,10 @@ CrossEntropy cross_entropy(const Arguments& args, const Matrix& logits, int64_t 
                            const std::vector<int32_t>& classes, double weight, void* grad) {
   const int64_t rows = count_rows(classes);
   std::vector<double> ce(num_blocks(N)), kl(num_blocks(N));
-  cpu::kernels().distillation({N, K, 0, args.wide(), 1.0, Direction::reverse, logits, nullptr,
-                               nullptr, classes.data(), weight / at_least_one(rows), 0.0, nullptr,
-                               grad, ce.data(), kl.data()},
-                              torch_threads);
+  cpu::kernels().distillation(
+      {N, K, 0, args.wide(), 1.0, Direction::reverse, logits, nullptr, nullptr, classes.data(),
+       weight / at_least_one(rows), 0.0, nullptr, grad, ce.data(), kl.data()},
+      torch_threads);
   return {sum_of(ce), rows};
 }
 
@@ -384,8 +284,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
   Tensor unit_grad = residual_output(args, {N, K}, need_grad, logits);
   Tensor residuals = residual_output(args, {M, N, K}, need_grad, logits);
-  const CrossEntropy ce = cross_entropy(args, l, N, K, classes, 1.0 - proto_weight,
-                                        data_or_null(unit_grad, need_grad));
+  const CrossEntropy ce =
+      cross_entropy(args, l, N, K, classes, 1.0 - proto_weight, data_or_null(unit_grad, need_grad));
   const double mean_ce = ce.sum / static_cast<double>(ce.rows);
   std::vector<double> statistics = {ce.sum, static_cast<double>(ce.rows),
                                     static_cast<double>(proto_rows)};
@@ -422,20 +322,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           unit_grad};
 }
 
-// ---- multi_source_kl, distillation_loss -------------------------------------------------------------
+// ---- multi_source_kl, distillation_loss
+// -------------------------------------------------------------
 
 // grad_loss (scalar or one a row) times the gradient that the forward pass left, in logits' dtype.
 Tensor scaled_gradient(const char* op, const Tensor& grad_loss, const Tensor& unit_grad,
                        const Tensor& logits) {
   const int64_t N = logits.size(0), K = logits.size(1);
   Arguments args(op);
-  args.check(unit_grad.dim() == 2, "unit_grad", "the gradient saved by a forward pass with need_grad",
-             describe(unit_grad));
+  args.check(unit_grad.dim() == 2, "unit_grad",
+             "the gradient saved by a forward pass with need_grad", describe(unit_grad));
   const bool wide = unit_grad.scalar_type() == ScalarType::Double;
   Tensor grad = empty_like_contiguous(logits);
   const bool rows = grad_loss.dim() > 0;
   std::vector<double> factors(static_cast<size_t>(rows ? N : 1));
-  for (size_t i = 0; i < factors.size(); ++i) factors[i] = value_at(grad_loss, static_cast<int64_t>(i));
+  for (size_t i = 0; i < factors.size(); ++i)
+    factors[i] = value_at(grad_loss, static_cast<int64_t>(i));
   cpu::kernels().scale_rows({N, K, wide, factors.data(), rows ? 1 : 0, unit_grad.const_data_ptr(),
                              grad.mutable_data_ptr(), dtype_of(op, "logits", logits)},
                             torch_threads);
@@ -453,8 +355,8 @@ std::tuple<Tensor, Tensors, Tensors> teacher_loss_backward(
   Tensor grad_logits = scaled_gradient(args.op(), logits_factor, unit_grad_logits, logits);
   Tensors grad_features, grad_prototypes;
   const auto* residual = static_cast<const char*>(residuals.const_data_ptr());
-  const int64_t bytes = static_cast<int64_t>(residuals.element_size()) * residuals.size(1) *
-                        residuals.size(2);
+  const int64_t bytes =
+      static_cast<int64_t>(residuals.element_size()) * residuals.size(1) * residuals.size(2);
   for (size_t m = 0; m < features.size(); ++m) {
     const double factor = grad * value_at(coefficients, static_cast<int64_t>(m) + 1);
     auto [grad_z, grad_c] =
@@ -466,7 +368,8 @@ std::tuple<Tensor, Tensors, Tensors> teacher_loss_backward(
   return {grad_logits, grad_features, grad_prototypes};
 }
 
-// The sources as matrices and their weights; None means 1/S each. Those of weight 0 are not touched.
+// The sources as matrices and their weights; None means 1/S each. Those of weight 0 are not
+// touched.
 struct Sources {
   Sources(Arguments& args, const Tensors& sources, const std::optional<Tensor>& given, int64_t N,
           int64_t K) {
@@ -487,8 +390,8 @@ struct Sources {
 
 std::tuple<Tensor, Tensor> multi_source_kl(const Tensor& logits, const Tensors& sources,
                                            const std::optional<Tensor>& source_weights,
-                                           double temperature, int64_t direction,
-                                           int64_t reduction, bool need_grad) {
+                                           double temperature, int64_t direction, int64_t reduction,
+                                           bool need_grad) {
   Arguments args("multi_source_kl");
   const Matrix l = args.matrix("logits", logits, -1, -1);
   const int64_t N = logits.size(0), K = logits.size(1);

@@ -1,8 +1,8 @@
 // The formulas of one row, written once for every device.
 //
-// Everything is branch-free (selects only) so that a loop over rows or classes vectorises, and lives
-// in a namespace named after the instruction set it is compiled for: the same inline function built
-// with other flags must never be merged with it by the linker.
+// Everything is branch-free (selects only) so that a loop over rows or classes vectorises, and
+// lives in a namespace named after the instruction set it is compiled for: the same inline function
+// built with other flags must never be merged with it by the linker.
 #pragma once
 
 #include <cmath>
@@ -67,7 +67,8 @@ PYCDGKD_HD T from_arithmetic(float x) {
 template <>
 PYCDGKD_HD bfloat16 from_arithmetic<bfloat16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const uint32_t rounded =
+      (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return {static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
 }
@@ -182,8 +183,8 @@ PYCDGKD_HD double expm1_remainder(double x) {
 
 // One class's share of KL(p || q) as q - p - p x, x = log q - log p: the shares sum to the
 // divergence because sum q = sum p, none is negative, and near p = q nothing cancels (there it is
-// p (e^x - 1 - x)). A class with p = 0 weighs q, whatever x is, so -inf logits need no special case;
-// p > 0 with q = 0 gives +inf, as it must.
+// p (e^x - 1 - x)). A class with p = 0 weighs q, whatever x is, so -inf logits need no special
+// case; p > 0 with q = 0 gives +inf, as it must.
 template <class A>
 PYCDGKD_HD A kl_share(A p, A q, A x) {
   const bool near = x > A(-0.5) && x < A(0.5);

@@ -21,9 +21,13 @@ using Tensors = std::vector<Tensor>;
 
 inline std::string name_of(ScalarType type) {
   std::string name = torch::headeronly::toString(type);
-  for (const auto& [from, to] : {std::pair{"Float", "float32"}, {"Double", "float64"},
-                                 {"BFloat16", "bfloat16"}, {"Half", "float16"}, {"Long", "int64"},
-                                 {"Int", "int32"}, {"Byte", "uint8"}}) {
+  for (const auto& [from, to] : {std::pair{"Float", "float32"},
+                                 {"Double", "float64"},
+                                 {"BFloat16", "bfloat16"},
+                                 {"Half", "float16"},
+                                 {"Long", "int64"},
+                                 {"Int", "int32"},
+                                 {"Byte", "uint8"}}) {
     if (name == from) return to;
   }
   return name;
@@ -49,10 +53,14 @@ inline std::string element(const char* name, size_t index) {
 
 inline Dtype dtype_of(const char* op, const std::string& argument, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
     default:
       fail(op, argument, "float32, float64, bfloat16 or float16", describe(tensor));
   }

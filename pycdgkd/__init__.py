@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import data, models, ops, reference, training
+    from .bank import PrototypeBank
     from .losses import (
         ClassPrototypes,
         DistillationLoss,
-        PrototypeBank,
         PrototypeLoss,
         TeacherLoss,
         class_prototypes,
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         modality_weights,
         multi_source_kl,
         prototype_loss,
-        sample_sources,
         teacher_loss,
     )
+    from .sampling import sample_sources
 
 __version__ = "0.1.0"
 
@@ -51,13 +51,14 @@ __all__ = [
 ]
 
 _SUBMODULES = frozenset({"data", "models", "ops", "reference", "training"})
+_HOMES = {"PrototypeBank": ".bank", "sample_sources": ".sampling"}  # all others: .losses
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
     if name in __all__:
-        value = getattr(importlib.import_module(".losses", __name__), name)
+        value = getattr(importlib.import_module(_HOMES.get(name, ".losses"), __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'pycdgkd' has no attribute '{name}'")

@@ -26,7 +26,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # typeshed: Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None
@@ -61,9 +61,7 @@ class _GlobalTeacherLoss(torch.autograd.Function):
         # divisor, times the world size that the mean over ranks will take away again.
         world = dist.get_world_size(group)
         coefficients[0] = world * local_rows / statistics[1].clamp(min=1)
-        coefficients[1:] = (
-            world * proto_weight * 2 * scale * weights / statistics[2].clamp(min=1)
-        )
+        coefficients[1:] = world * proto_weight * 2 * scale * weights / statistics[2].clamp(min=1)
         ctx.need_grad, ctx.modalities = need_grad, modalities
         ctx.save_for_backward(
             coefficients, residuals, unit_grad, logits, counts, *features, *prototypes
@@ -74,7 +72,7 @@ class _GlobalTeacherLoss(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:  # type: ignore[override]  # typeshed: Any
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         grad_logits, grad_features, grad_prototypes = _teacher_loss_grads(ctx, grad_loss)
         return (
             None, None, None, grad_logits, *grad_features, *grad_prototypes[: ctx.modalities],

@@ -1,4 +1,4 @@
-"""The one error type that the command line shows as a single line, and the door to optional packages."""
+"""The error that the command line shows as one line, and the door to optional packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package, or raise an ``InputError`` that names the extra which brings it."""
+    """Import an optional package, or raise an ``InputError`` naming the extra that brings it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

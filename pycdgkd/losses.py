@@ -13,13 +13,14 @@ the argument, what was expected and what came. Equations are those of the paper 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
+from .checks import check, check_choice
 from .distributed import all_reduce_class_means, global_teacher_loss
 
 _ops = torch.ops.pycdgkd
@@ -102,8 +103,8 @@ def prototype_loss(
     Returns:
         loss, differentiable in features and prototypes; true_prob (N,), detached.
     """
-    _check("prototype_loss", "scale", scale, scale > 0, "a number above 0")
-    _check_choice("prototype_loss", "reduction", reduction, ops.REDUCTIONS)
+    check("prototype_loss", "scale", scale, scale > 0, "a number above 0")
+    check_choice("prototype_loss", "reduction", reduction, ops.REDUCTIONS)
     loss, true_prob, _, _ = _ops.prototype_loss(
         features,
         prototypes,
@@ -137,7 +138,7 @@ def convergence_rates(
     Returns:
         (M,) rates between 0 and N; no gradient.
     """
-    _check("convergence_rates", "scale", scale, scale > 0, "a number above 0")
+    check("convergence_rates", "scale", scale, scale > 0, "a number above 0")
     features, prototypes = _modalities("convergence_rates", features, prototypes)
     with torch.no_grad():
         rates = _ops.convergence_rates(
@@ -200,13 +201,16 @@ def teacher_loss(
         prototypes.
     """
     name = "teacher_loss"
-    _check(name, "scale", scale, scale > 0, "a number above 0")
-    _check(name, "proto_weight", proto_weight, 0 <= proto_weight <= 1, "a number from 0 to 1")
+    check(name, "scale", scale, scale > 0, "a number above 0")
+    check(name, "proto_weight", proto_weight, 0 <= proto_weight <= 1, "a number from 0 to 1")
     features, given = _modalities(name, features, prototypes)
     counts = _counts(class_counts)
     if prototypes is None:
         if class_counts is not None:
-            raise ValueError(f"pycdgkd.{name}: class_counts go with prototypes; got prototypes=None")
+            raise ValueError(
+                f"pycdgkd.{name}: class_counts: expected None beside prototypes=None (the batch's "
+                "own counts are used), got a tensor"
+            )
         means_of = [z.detach() for z in features] if detach_prototypes else features
         given, counts = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
         if process_group is not None:
@@ -249,7 +253,7 @@ def multi_source_kl(
         second has none (-inf logits); differentiable in ``logits`` alone.
     """
     name = "multi_source_kl"
-    _check_choice(name, "reduction", reduction, ops.REDUCTIONS)
+    check_choice(name, "reduction", reduction, ops.REDUCTIONS)
     source_list = _sources(name, sources, temperature, direction)
     loss, _ = _ops.multi_source_kl(
         logits,
@@ -290,7 +294,7 @@ def distillation_loss(
         ``logits`` alone.
     """
     name = "distillation_loss"
-    _check(name, "kd_weight", kd_weight, 0 <= kd_weight <= 1, "a number from 0 to 1")
+    check(name, "kd_weight", kd_weight, 0 <= kd_weight <= 1, "a number from 0 to 1")
     source_list = _sources(name, sources, temperature, direction)
     outputs = _ops.distillation_loss(
         logits,
@@ -305,115 +309,6 @@ def distillation_loss(
         _need_grad(logits),
     )
     return DistillationLoss(*outputs[:3])
-
-
-_STRATEGIES = ("all", "subset", "bernoulli_sum", "drop_one")
-
-
-def sample_sources(
-    num_sources: int,
-    *,
-    strategy: str = "subset",
-    drop_prob: float = 0.5,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw the source weights of one training step (the paper's stochastic subset S_i).
-
-    Args:
-        num_sources: S >= 1.
-        strategy: "subset": each source is kept with probability 1 - drop_prob, redrawn until one
-            is kept, weights sum to 1 (the paper). "all": 1/S each. "bernoulli_sum": kept sources
-            weigh 1, possibly none is kept (the authors' code). "drop_one": all but one, weights
-            sum to 1; a single source is never dropped.
-        drop_prob: in [0, 1), or [0, 1] for "bernoulli_sum".
-        generator: of the CPU; None: torch's global one.
-
-    Returns:
-        (S,) float32 on the CPU.
-    """
-    name = "sample_sources"
-    _check(name, "num_sources", num_sources, num_sources >= 1, "at least 1")
-    _check_choice(name, "strategy", strategy, _STRATEGIES)
-    largest = 1.0 if strategy == "bernoulli_sum" else 1.0 - 1e-6
-    _check(name, "drop_prob", drop_prob, 0.0 <= drop_prob <= largest, "a probability below 1")
-    if strategy == "all" or (strategy == "drop_one" and num_sources == 1):
-        return torch.full((num_sources,), 1.0 / num_sources)
-    if strategy == "drop_one":
-        kept = torch.ones(num_sources)
-        kept[int(torch.randint(num_sources, (), generator=generator))] = 0.0
-        return kept / (num_sources - 1)
-    kept = torch.rand(num_sources, generator=generator) >= drop_prob
-    while strategy == "subset" and not bool(kept.any()):
-        kept = torch.rand(num_sources, generator=generator) >= drop_prob
-    return kept.float() if strategy == "bernoulli_sum" else kept.float() / kept.sum()
-
-
-class PrototypeBank(nn.Module):
-    """Class prototypes over a whole pass of the training set, smoothed from pass to pass (Eq. 1).
-
-    Call ``update`` on every batch of a pass, then ``refresh`` once. State is in buffers, so it is
-    saved with the model; nothing is differentiated.
-
-    Args:
-        num_classes: K.
-        dim: D.
-        momentum: share of the old prototypes kept at a refresh, in [0, 1).
-
-    Attributes:
-        prototypes: (K, D) float32, zero rows for classes never seen.
-        counts: (K,) int64, rows of each class in the last pass that had any.
-    """
-
-    prototypes: Tensor
-    counts: Tensor
-    _sums: Tensor
-    _pending: Tensor
-
-    def __init__(self, num_classes: int, dim: int, *, momentum: float = 0.2) -> None:
-        super().__init__()
-        _check("PrototypeBank", "momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)")
-        self.momentum = momentum
-        self.register_buffer("prototypes", torch.zeros(num_classes, dim))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
-        self.register_buffer("_sums", torch.zeros(num_classes, dim, dtype=torch.float64))
-        self.register_buffer("_pending", torch.zeros(num_classes, dtype=torch.int64))
-
-    @torch.no_grad()
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch (N, D) with labels (N,) to the pass; rows labelled -100 take no part."""
-        means, counts = class_prototypes(features, labels, len(self.counts))
-        self._sums += means.double() * counts[:, None]
-        self._pending += counts
-
-    @torch.no_grad()
-    def refresh(self, process_group: Any = None) -> None:
-        """Close the pass: prototypes <- momentum * old + (1 - momentum) * new class means.
-
-        A class seen for the first time takes its new mean; one not seen in this pass keeps its old
-        prototype. With a process group, sums and counts are those of all ranks.
-        """
-        sums, counts = self._sums, self._pending
-        if process_group is not None:
-            torch.distributed.all_reduce(sums, group=process_group)
-            torch.distributed.all_reduce(counts, group=process_group)
-        means = (sums / counts.clamp(min=1)[:, None]).to(self.prototypes.dtype)
-        keep = torch.where(self.counts > 0, self.momentum, 0.0)[:, None]
-        blended = keep * self.prototypes + (1 - keep) * means
-        self.prototypes.copy_(torch.where((counts > 0)[:, None], blended, self.prototypes))
-        self.counts.copy_(torch.where(counts > 0, counts, self.counts))
-        self._sums.zero_()
-        self._pending.zero_()
-
-
-def _check(op: str, name: str, value: object, fine: bool, expected: str) -> None:
-    if not fine:
-        raise ValueError(f"pycdgkd.{op}: {name}: expected {expected}, got {value!r}")
-
-
-def _check_choice(op: str, name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        listed = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"pycdgkd.{op}: {name}: expected one of {listed}, got {value!r}")
 
 
 def _need_grad(*tensors: Tensor) -> bool:
@@ -439,11 +334,11 @@ def _modalities(
 def _sources(
     op: str, sources: Tensor | Sequence[Tensor], temperature: float, direction: str
 ) -> list[Tensor]:
-    _check(op, "temperature", temperature, temperature > 0, "a number above 0")
-    _check_choice(op, "direction", direction, ops.DIRECTIONS)
+    check(op, "temperature", temperature, temperature > 0, "a number above 0")
+    check_choice(op, "direction", direction, ops.DIRECTIONS)
     if isinstance(sources, Tensor):
         shape = tuple(sources.shape)
-        _check(op, "sources", shape, sources.dim() == 3, "shape (S, N, K) or a sequence of (N, K)")
+        check(op, "sources", shape, sources.dim() == 3, "shape (S, N, K) or a sequence of (N, K)")
         sources = sources.unbind(0)
     for index, source in enumerate(sources):
         if source.requires_grad and torch.is_grad_enabled():

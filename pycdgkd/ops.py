@@ -38,9 +38,7 @@ def _new(like: Tensor, *shape: int | torch.SymInt, dtype: torch.dtype | None = N
     return like.new_empty(shape, dtype=dtype or arithmetic_dtype(like.dtype))
 
 
-def _register(
-    name: str, fake: Any, backward: Any = None, setup_context: Any = None
-) -> None:
+def _register(name: str, fake: Any, backward: Any = None, setup_context: Any = None) -> None:
     torch.library.register_fake(f"pycdgkd::{name}", fake)
     if backward is None:
 
@@ -164,9 +162,7 @@ def _require_saved(ctx: Any, op: str) -> None:
         )
 
 
-_register(
-    "prototype_loss", _prototype_loss_fake, _prototype_loss_backward, _prototype_loss_setup
-)
+_register("prototype_loss", _prototype_loss_fake, _prototype_loss_backward, _prototype_loss_setup)
 _register("prototype_loss_backward", _prototype_loss_backward_fake)
 
 

@@ -56,9 +56,7 @@ def prototype_loss(
     valid = labels != ignore_index
     if class_counts is not None:
         valid = valid & (class_counts > 0)[labels.long().clamp(min=0)]
-    log_prob = class_log_probabilities(
-        features, prototypes, class_counts=class_counts, scale=scale
-    )
+    log_prob = class_log_probabilities(features, prototypes, class_counts=class_counts, scale=scale)
     target = torch.where(valid, labels.long(), 0)
     true_log_prob = log_prob.gather(1, target[:, None])[:, 0]
     row_loss = torch.where(valid, -true_log_prob, 0.0)
@@ -130,7 +128,7 @@ def multi_source_kl(
     direction: str = "reverse",
     reduction: str = "mean",
 ) -> Tensor:
-    """Second term of Eq. 9: sum_j w_j KL(student || source_j), or the other way round ("forward")."""
+    """Eq. 9, second term: sum_j w_j KL(student || source_j); "forward": the other way round."""
     if source_weights is None:
         source_weights = [1.0 / len(sources)] * len(sources)
     log_p = (logits / temperature).log_softmax(-1)

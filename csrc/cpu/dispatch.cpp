@@ -31,8 +31,8 @@ const Kernels& choose() {
 #if defined(PYCDGKD_X86)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl");
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Candidate candidates[] = {
       {&avx512::table, has_avx512}, {&avx2::table, has_avx2}, {&baseline::table, true}};
 #else

@@ -9,9 +9,15 @@ namespace {
 template <class A>
 struct Workspace {
   explicit Workspace(int64_t K)
-      : count(K * kLanes), storage(7 * count), logits(storage.get()), prob(logits + count),
-        log_prob(prob + count), source(log_prob + count), source_prob(source + count),
-        slope(source_prob + count), grad(slope + count) {}
+      : count(K * kLanes),
+        storage(7 * count),
+        logits(storage.get()),
+        prob(logits + count),
+        log_prob(prob + count),
+        source(log_prob + count),
+        source_prob(source + count),
+        slope(source_prob + count),
+        grad(slope + count) {}
   int64_t count;
   Scratch<A> storage;
   A *logits, *prob, *log_prob, *source, *source_prob, *slope, *grad;

@@ -96,8 +96,8 @@ void lane_cross_entropy(const A* a, int64_t K, const int32_t* classes, A* exps, 
     const int64_t at = (valid ? classes[r] : 0) * kLanes + r;
     const double sum = others.total[r] + (valid ? static_cast<double>(exps[at]) : 0.0);
     inverse[r] = valid ? static_cast<A>(1.0 / sum) : A(0);
-    loss[r] = valid ? cross_entropy(maximum[r], a[at], exps[at], static_cast<A>(others.total[r]))
-                    : A(0);
+    loss[r] =
+        valid ? cross_entropy(maximum[r], a[at], exps[at], static_cast<A>(others.total[r])) : A(0);
     true_prob[r] = valid ? static_cast<A>(static_cast<double>(exps[at]) / sum) : A(0);
     complement[r] = valid ? static_cast<A>(-others.total[r] / sum) : A(0);
   }

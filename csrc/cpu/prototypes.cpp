@@ -112,15 +112,13 @@ void forward_block(const PrototypeForward& p, int64_t index, A* row, A* logits, 
 
 template <class A>
 void forward(const PrototypeForward& p, ParallelFor threads) {
-  parallel_for(threads, num_blocks(p.N), kBlockRows * (p.D + p.K),
-               [&](int64_t begin, int64_t end) {
-                 const int64_t lanes = p.K * kLanes;
-                 Scratch<A> row(p.D), work(3 * lanes);
-                 for (int64_t index = begin; index < end; ++index) {
-                   forward_block(p, index, row.get(), work.get(), work.get() + lanes,
-                                 work.get() + 2 * lanes);
-                 }
-               });
+  parallel_for(threads, num_blocks(p.N), kBlockRows * (p.D + p.K), [&](int64_t begin, int64_t end) {
+    const int64_t lanes = p.K * kLanes;
+    Scratch<A> row(p.D), work(3 * lanes);
+    for (int64_t index = begin; index < end; ++index) {
+      forward_block(p, index, row.get(), work.get(), work.get() + lanes, work.get() + 2 * lanes);
+    }
+  });
 }
 
 template <class A>
@@ -132,8 +130,7 @@ void backward(const PrototypeBackward& p, ParallelFor threads) {
     Scratch<A> scratch(p.D);
     A* row = scratch.get();
     for (int64_t i = begin; i < end; ++i) {
-      const A factor =
-          static_cast<A>(p.factor) * (row_factor != nullptr ? row_factor[i] : A(1));
+      const A factor = static_cast<A>(p.factor) * (row_factor != nullptr ? row_factor[i] : A(1));
       for (int64_t j = 0; j < p.D; ++j) row[j] = A(0);
       for (int64_t k = 0; k < p.K && factor != A(0); ++k) {
         const A weight = factor * residual[i * p.K + k];
@@ -146,7 +143,8 @@ void backward(const PrototypeBackward& p, ParallelFor threads) {
   });
 }
 
-// Columns are shared out, rows are summed in order: no partial sums, same bits for every thread count.
+// Columns are shared out, rows are summed in order: no partial sums, same bits for every thread
+// count.
 template <class A>
 void prototype_grad_columns(const PrototypeGrad& p, int64_t first, int64_t columns) {
   const A* residual = static_cast<const A*>(p.residual);
@@ -192,9 +190,7 @@ void prototype_grad_all(const PrototypeGrad& p, ParallelFor threads) {
 
 }  // namespace
 
-void centre_prototypes(const CentrePrototypes& c) {
-  c.wide ? centre<double>(c) : centre<float>(c);
-}
+void centre_prototypes(const CentrePrototypes& c) { c.wide ? centre<double>(c) : centre<float>(c); }
 
 void prototype_forward(const PrototypeForward& p, ParallelFor threads) {
   p.wide ? forward<double>(p, threads) : forward<float>(p, threads);

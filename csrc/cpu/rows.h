@@ -62,13 +62,17 @@ void load_row(const Matrix& m, int64_t i, int64_t first, A* to, int64_t to_strid
   const int64_t offset = i * m.row_stride + first * m.col_stride;
   switch (m.dtype) {
     case Dtype::float32:
-      return copy_row(static_cast<const float*>(m.data) + offset, m.col_stride, to, to_stride, count);
+      return copy_row(static_cast<const float*>(m.data) + offset, m.col_stride, to, to_stride,
+                      count);
     case Dtype::float64:
-      return copy_row(static_cast<const double*>(m.data) + offset, m.col_stride, to, to_stride, count);
+      return copy_row(static_cast<const double*>(m.data) + offset, m.col_stride, to, to_stride,
+                      count);
     case Dtype::bfloat16:
-      return copy_row(static_cast<const bfloat16*>(m.data) + offset, m.col_stride, to, to_stride, count);
+      return copy_row(static_cast<const bfloat16*>(m.data) + offset, m.col_stride, to, to_stride,
+                      count);
     case Dtype::float16:
-      return copy_row(static_cast<const float16*>(m.data) + offset, m.col_stride, to, to_stride, count);
+      return copy_row(static_cast<const float16*>(m.data) + offset, m.col_stride, to, to_stride,
+                      count);
   }
 }
 
@@ -87,7 +91,8 @@ void store_row(const A* from, void* to, Dtype dtype, int64_t i, int64_t count) {
     case Dtype::float64:
       return convert_row(from, static_cast<double*>(to) + i * count, count);
     case Dtype::bfloat16:
-      return convert_row(static_cast<const A*>(from), static_cast<bfloat16*>(to) + i * count, count);
+      return convert_row(static_cast<const A*>(from), static_cast<bfloat16*>(to) + i * count,
+                         count);
     case Dtype::float16:
       return convert_row(static_cast<const A*>(from), static_cast<float16*>(to) + i * count, count);
   }

@@ -28,9 +28,17 @@ void exp_array(const A* x, A* y, int64_t count) {
 
 extern const Kernels table;
 const Kernels table = {
-    PYCDGKD_NAME(PYCDGKD_ISA), class_means,    class_means_backward, centre_prototypes,
-    prototype_forward,         prototype_backward, prototype_grad,   distillation,
-    scale_rows,                exp_array<float>,      exp_array<double>,
+    PYCDGKD_NAME(PYCDGKD_ISA),
+    class_means,
+    class_means_backward,
+    centre_prototypes,
+    prototype_forward,
+    prototype_backward,
+    prototype_grad,
+    distillation,
+    scale_rows,
+    exp_array<float>,
+    exp_array<double>,
 };
 
 }  // namespace PYCDGKD_ISA

@@ -1,5 +1,6 @@
 // The Python module _cuda, the library of everything compiled by nvcc. It holds no ops yet: the
-// device facts below are what `pycdgkd doctor` needs, and they prove that the library builds and loads.
+// device facts below are what `pycdgkd doctor` needs, and they prove that the library builds and
+// loads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
