@@ -1,0 +1,77 @@
+# The one door for commands. `make demo` and `make test` install what they need into .venv first.
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+DEMO_FLAGS ?=
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+OTHER_TORCH ?= torch==2.13.0
+
+.PHONY: install demo test lint bench sanitize wheel wheel-proof clean
+
+install: $(VENV)/.built
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)" numpy scikit-build-core pybind11 cmake ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[train,timm,dev]"
+	touch $@
+
+# The main job on a small synthetic study: recordings, preparation, all networks, report.
+demo: install
+	$(BIN)/pycdgkd demo --out $(OUT) $(DEMO_FLAGS)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# An environment that sees the packages of $(VENV) but not its editable install of pycdgkd.
+define environment_beside
+	rm -rf $(1)
+	$(PYTHON) -m venv $(1)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/beside.pth"
+endef
+
+# Op tests against a build that traps bad memory accesses and undefined behaviour. Tracing tests are
+# left out: they exercise Python, not the kernels.
+sanitize: install
+	$(call environment_beside,build/sanitize)
+	PATH="$(abspath $(BIN)):$$PATH" PYCDGKD_SANITIZE=address,undefined PYCDGKD_CUDA=OFF \
+	  build/sanitize/bin/python -m pip install --quiet --no-build-isolation --no-deps \
+	  -C build-dir=build/sanitize/cmake -C install.strip=false .
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 build/sanitize/bin/python -P -m pytest tests/ops \
+	  -k "not compile and not opcheck and not process_group"
+
+# Built in an environment of its own, as `pip install .` does.
+wheel:
+	rm -rf dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# One wheel, two versions of torch: the op tests must pass next to both.
+wheel-proof: install wheel
+	$(call environment_beside,build/wheel-newest)
+	build/wheel-newest/bin/python -m pip install --quiet --no-deps dist/*.whl
+	build/wheel-newest/bin/python -P -m pytest tests/ops
+	rm -rf build/wheel-other && $(PYTHON) -m venv build/wheel-other
+	build/wheel-other/bin/python -m pip install --quiet "$(OTHER_TORCH)" dist/*.whl pytest hypothesis
+	build/wheel-other/bin/python -P -m pytest tests/ops
+
+clean:
+	rm -rf build dist runs
