@@ -1,0 +1,163 @@
+"""What each command does. Heavy modules are imported inside, after the cheap checks have passed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pycdgkd.errors import InputError
+
+from .progress import shown_progress
+
+if TYPE_CHECKING:
+    from pycdgkd.report.results import Results
+
+LAYOUTS = ("deap",)
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """Recordings -> cache of samples; bad recordings are named and skipped."""
+    from pycdgkd.data.config import PrepareConfig
+
+    if arguments.layout not in LAYOUTS:
+        raise InputError(
+            f"unknown layout '{arguments.layout}'; expected one of {', '.join(LAYOUTS)}, "
+            "as in: pycdgkd prepare deap ROOT CACHE"
+        )
+    names = [field.name for field in dataclasses.fields(PrepareConfig)]
+    config = PrepareConfig(**{name: getattr(arguments, name) for name in names})
+    if not arguments.root.is_dir():
+        raise InputError(
+            f"no recordings at {arguments.root}: no such folder; expected the folder that holds "
+            "data_original/, face_video/ and metadata_csv/; check the path"
+        )
+    from pycdgkd.data.deap import prepare as prepare_deap
+
+    with shown_progress() as progress:
+        report = prepare_deap(arguments.root, arguments.cache, config, progress=progress)
+    for subject, trial, reason in report.skipped:
+        where = f"subject {subject}" if trial is None else f"subject {subject} trial {trial}"
+        print(f"skipped  {where}: {reason}")
+    resumed = f" ({report.resumed_trials} done before)" if report.resumed_trials else ""
+    print(
+        f"prepared {report.samples} samples of {report.trials} trials{resumed}, "
+        f"skipped {len(report.skipped)}, frames without a face {report.face_miss_rate:.1%}"
+    )
+    print(f"next     pycdgkd train {arguments.cache} --out runs/NAME")
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Cache -> teacher, assistants, student, control, results and report."""
+    from pycdgkd.training.config import load_config
+
+    config_file = arguments.config
+    stored = arguments.out / "config.toml"
+    if arguments.resume and config_file is None and stored.is_file():
+        config_file = stored
+    flags = [
+        f"{name}={getattr(arguments, name)}"
+        for name in ("label", "seed", "device")
+        if getattr(arguments, name) is not None
+    ]
+    config = load_config(config_file, [*flags, *arguments.overrides], arguments.preset)
+    check_cache(arguments.cache)
+    from pycdgkd.report import write_report
+    from pycdgkd.report.results import load_results
+    from pycdgkd.training.run import train as train_chain
+
+    with shown_progress() as progress:
+        train_chain(
+            arguments.cache,
+            arguments.out,
+            config,
+            resume=arguments.resume,
+            progress=progress,
+        )
+    show_results(load_results(arguments.out))
+    print(f"report   {write_report(arguments.out)}")
+    print(f"student  {arguments.out / 'student'}")
+    return 0
+
+
+def check_cache(cache: Path) -> None:
+    """Raise ``InputError`` unless ``cache`` is a finished cache; a wrong path costs no import."""
+    if not cache.is_dir():
+        raise InputError(
+            f"no cache at {cache}: no such folder; "
+            "remedy: pycdgkd prepare deap ROOT CACHE, or check the path"
+        )
+    from pycdgkd.data.cache import Cache
+
+    Cache.open(cache)
+
+
+def show_results(results: Results) -> None:
+    """Print the table of a run, and what its numbers do not say."""
+    from pycdgkd.report.table import SYNTHETIC_NOTE, results_table
+
+    print(results_table(results))
+    for warning in results.warnings:
+        print(f"warning  {warning}")
+    if results.synthetic:
+        print(SYNTHETIC_NOTE)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Recompute a run's test figures; exit status 1 if results.json says something else."""
+    from pycdgkd.report.results import load_results, parse_results
+
+    load_results(arguments.run)  # an unfinished or damaged run is told before torch is imported
+    if arguments.cache is not None:
+        check_cache(arguments.cache)
+    from pycdgkd.training.run import evaluate as evaluate_run
+
+    fresh = evaluate_run(arguments.run, cache=arguments.cache)
+    show_results(parse_results(fresh))
+    for line in fresh["differences"]:
+        print(f"differs  {line}")
+    if fresh["differences"]:
+        print("the figures recomputed from the saved weights are not those of results.json")
+        return 1
+    print("the figures recomputed from the saved weights are those of results.json")
+    return 0
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """Student + video -> emotion over time as a CSV file and a picture."""
+    from pycdgkd.predict import check_inputs, predict_clip, write_picture, write_table
+
+    check_inputs(arguments.network, arguments.clip)
+    stem = arguments.out or Path(f"{arguments.clip.stem}_emotion")
+    with shown_progress() as progress:
+        prediction = predict_clip(
+            arguments.network, arguments.clip, fps=arguments.fps, progress=progress
+        )
+    table, picture = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".png")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_table(prediction, table)
+    write_picture(prediction, picture)
+    print(prediction.summary())
+    print(f"table    {table}")
+    print(f"picture  {picture}")
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write report.html of a finished run again."""
+    from pycdgkd.report import write_report
+
+    print(f"report   {write_report(arguments.run)}")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Check the installation; exit status 0 if the core works, 1 otherwise."""
+    from pycdgkd.doctor import examine
+
+    del arguments
+    lines, healthy = examine()
+    print("\n".join(lines))
+    return 0 if healthy else 1
