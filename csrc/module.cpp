@@ -22,11 +22,9 @@ void serial(int64_t count, int64_t, RangeBody body, void* context) {
 }
 
 Dtype dtype_of(const py::array& array) {
-  if (array.dtype().kind() == 'f') {
-    if (array.itemsize() == 4) return Dtype::float32;
-    if (array.itemsize() == 8) return Dtype::float64;
-    if (array.itemsize() == 2) return Dtype::float16;
-  }
+  if (py::isinstance<py::array_t<float>>(array)) return Dtype::float32;
+  if (py::isinstance<py::array_t<double>>(array)) return Dtype::float64;
+  if (array.dtype().equal(py::dtype("float16"))) return Dtype::float16;
   throw py::type_error("pycdgkd._C: expected a float16, float32 or float64 array");
 }
 
@@ -95,8 +93,9 @@ struct Centred {
 py::tuple prototype_loss(const py::array& features, const py::array& prototypes,
                          const Classes& classes, double scale) {
   const Matrix z = matrix(features, -1, -1);
-  const int64_t N = features.shape(0), D = features.shape(1), K = prototypes.shape(0);
+  const int64_t N = features.shape(0), D = features.shape(1);
   matrix(prototypes, -1, D);
+  const int64_t K = prototypes.shape(0);
   check_classes(classes, N, K);
   const bool wide = is_wide(features);
   Centred c(prototypes, scale, wide);
@@ -112,12 +111,14 @@ py::tuple prototype_loss(const py::array& features, const py::array& prototypes,
 
 py::array prototype_loss_backward(const py::array& residual, const py::array& prototypes,
                                   double factor) {
-  const int64_t N = residual.shape(0), K = residual.shape(1), D = prototypes.shape(1);
-  matrix(residual, N, K);
-  matrix(prototypes, K, D);
+  matrix(residual, -1, -1);
+  const int64_t N = residual.shape(0), K = residual.shape(1);
+  matrix(prototypes, K, -1);
+  const int64_t D = prototypes.shape(1);
   const bool wide = is_wide(residual);
-  if (!(residual.flags() & py::array::c_style)) {
-    throw py::value_error("pycdgkd._C: residual must be contiguous, as prototype_loss returns it");
+  if (!(residual.flags() & py::array::c_style) || dtype_of(residual) == Dtype::float16) {
+    throw py::value_error(
+        "pycdgkd._C: residual must be contiguous float32 or float64, as prototype_loss returns it");
   }
   Centred c(prototypes, 1.0, wide);
   py::array grad = arithmetic_array(wide, {N, D});

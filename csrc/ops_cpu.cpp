@@ -57,15 +57,17 @@ void* data_or_null(const Tensor& tensor, bool wanted) {
 
 double at_least_one(int64_t count) { return static_cast<double>(std::max<int64_t>(count, 1)); }
 
-void check_modalities(const Arguments& args, const Tensors& features, const Tensors& prototypes) {
+void check_modalities(const Arguments& args, const Tensors& features, const Tensors& prototypes,
+                      const char* name = "prototypes") {
   args.check(!features.empty(), "features", "at least one modality", "none");
-  args.check(prototypes.size() == features.size(), "prototypes",
-             std::to_string(features.size()) + " tensors, one for each modality",
+  args.check(prototypes.size() == features.size(), name,
+             "as many tensors as features (" + std::to_string(features.size()) + ")",
              std::to_string(prototypes.size()));
 }
 
-int64_t rows_of(const Arguments& args, const std::string& name, const Tensor& tensor) {
-  args.check(tensor.dim() == 2, name, "a 2-D tensor (rows, columns)", describe(tensor));
+int64_t rows_of(const Arguments& args, const std::string& name, const Tensor& tensor,
+                const char* shape) {
+  args.check(tensor.dim() == 2, name, shape, describe(tensor));
   return tensor.size(0);
 }
 
@@ -75,10 +77,10 @@ std::tuple<Tensors, Tensor> class_prototypes(const Tensors& features, const Tens
                                              int64_t num_classes, int64_t ignore_index) {
   Arguments args("class_prototypes");
   args.check(!features.empty(), "features", "at least one tensor", "none");
-  const int64_t N = rows_of(args, "features[0]", features[0]);
+  const int64_t N = rows_of(args, "features[0]", features[0], "shape (N, D)");
   std::vector<Matrix> matrices;
   for (size_t m = 0; m < features.size(); ++m) {
-    matrices.push_back(args.matrix(element("features", m), features[m], N, -1));
+    matrices.push_back(args.matrix(element("features", m), features[m], N, -1, "ND"));
   }
   const auto classes = read_classes(args, labels, N, num_classes, ignore_index);
   Tensor counts = empty({num_classes}, ScalarType::Long, features[0]);
@@ -102,10 +104,14 @@ Tensors class_prototypes_backward(const Tensors& grad_prototypes, const Tensors&
                                   const Tensor& labels, const Tensor& counts,
                                   int64_t ignore_index) {
   Arguments args("class_prototypes_backward");
-  const int64_t N = features[0].size(0), K = counts.size(0);
+  check_modalities(args, features, grad_prototypes, "grad_prototypes");
+  const int64_t N = rows_of(args, "features[0]", features[0], "shape (N, D)");
+  const int64_t K = counts.numel();
+  args.saved("counts", counts, {K}, ScalarType::Long);
   const auto classes = read_classes(args, labels, N, K, ignore_index);
   Tensors grads;
   for (size_t m = 0; m < features.size(); ++m) {
+    args.matrix(element("features", m), features[m], N, -1, "ND");
     const int64_t D = features[m].size(1);
     const Matrix grad = args.matrix(element("grad_prototypes", m), grad_prototypes[m], K, D);
     grads.push_back(empty_like_contiguous(features[m]));
@@ -126,9 +132,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_loss(const Tensor& features
                                                           double scale, int64_t reduction,
                                                           int64_t ignore_index, bool need_grad) {
   Arguments args("prototype_loss");
-  const Matrix z = args.matrix("features", features, -1, -1);
+  const Matrix z = args.matrix("features", features, -1, -1, "ND");
   const int64_t N = features.size(0), D = features.size(1);
-  const Matrix c = args.matrix("prototypes", prototypes, -1, D);
+  const Matrix c = args.matrix("prototypes", prototypes, -1, D, "KD");
   const int64_t K = prototypes.size(0);
   const auto active = read_active(args, class_counts, K);
   const auto classes = active_classes(read_classes(args, labels, N, K, ignore_index), active);
@@ -158,9 +164,10 @@ std::tuple<Tensor, Tensor> modality_backward(Arguments& args, double factor, con
                                              const Tensor& prototypes,
                                              const std::optional<Tensor>& class_counts,
                                              bool need_features, bool need_prototypes) {
-  const int64_t N = features.size(0), D = features.size(1), K = prototypes.size(0);
-  const Matrix z = args.matrix("features", features, N, D);
-  const Matrix c = args.matrix("prototypes", prototypes, K, D);
+  const Matrix z = args.matrix("features", features, -1, -1, "ND");
+  const int64_t N = features.size(0), D = features.size(1);
+  const Matrix c = args.matrix("prototypes", prototypes, -1, D, "KD");
+  const int64_t K = prototypes.size(0);
   const Centred centred(c, D, K, args.wide(), 1.0, read_active(args, class_counts, K));
   Tensor grad_features = need_features ? empty_like_contiguous(features)
                                        : empty({0}, features.scalar_type(), features);
@@ -187,6 +194,11 @@ std::tuple<Tensor, Tensor> prototype_loss_backward(const Tensor& grad_loss,
                                                    const std::optional<Tensor>& class_counts,
                                                    bool need_features, bool need_prototypes) {
   Arguments args("prototype_loss_backward");
+  args.matrix("features", features, -1, -1, "ND");
+  args.matrix("prototypes", prototypes, -1, -1, "KD");
+  args.saved("coefficient", coefficient, {}, ScalarType::Double);
+  args.saved("residual", residual, {features.size(0), prototypes.size(0)}, args.arithmetic());
+  args.grad_loss(grad_loss, features.size(0));
   const double factor = value_at(coefficient, 0);
   if (grad_loss.dim() == 0) {
     return modality_backward(args, factor * value_at(grad_loss, 0), nullptr,
@@ -207,13 +219,13 @@ Tensor convergence_rates(const Tensors& features, const Tensors& prototypes, con
                          int64_t ignore_index) {
   Arguments args("convergence_rates");
   check_modalities(args, features, prototypes);
-  const int64_t N = rows_of(args, "features[0]", features[0]);
-  const int64_t K = rows_of(args, "prototypes[0]", prototypes[0]);
+  const int64_t N = rows_of(args, "features[0]", features[0], "shape (N, D)");
+  const int64_t K = rows_of(args, "prototypes[0]", prototypes[0], "shape (K, D)");
   const auto active = read_active(args, class_counts, K);
   const auto classes = active_classes(read_classes(args, labels, N, K, ignore_index), active);
   std::vector<double> rates;
   for (size_t m = 0; m < features.size(); ++m) {
-    const Matrix z = args.matrix(element("features", m), features[m], N, -1);
+    const Matrix z = args.matrix(element("features", m), features[m], N, -1, "ND");
     const int64_t D = features[m].size(1);
     const Matrix c = args.matrix(element("prototypes", m), prototypes[m], K, D);
     const Centred centred(c, D, K, args.wide(), scale, active);
@@ -274,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto M = static_cast<int64_t>(features.size());
   std::vector<Matrix> z, c;
   for (size_t m = 0; m < features.size(); ++m) {
-    z.push_back(args.matrix(element("features", m), features[m], N, -1));
+    z.push_back(args.matrix(element("features", m), features[m], N, -1, "ND"));
     c.push_back(args.matrix(element("prototypes", m), prototypes[m], K, features[m].size(1)));
   }
   const auto classes = read_classes(args, labels, N, K, ignore_index);
@@ -307,7 +319,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   double loss = (1.0 - proto_weight) * mean_ce;
   std::vector<double> coefficients = {1.0};
   for (size_t m = 0; m < features.size(); ++m) {
-    loss += proto_weight * weights[m] * losses[m];
+    // A modality of weight 0 takes no part, even where its own loss is NaN for want of rows.
+    if (weights[m] != 0.0) loss += proto_weight * weights[m] * losses[m];
     coefficients.push_back(proto_weight * weights[m] * 2.0 * scale / at_least_one(proto_rows));
   }
   const ScalarType type = args.arithmetic();
@@ -328,11 +341,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 // grad_loss (scalar or one a row) times the gradient that the forward pass left, in logits' dtype.
 Tensor scaled_gradient(const char* op, const Tensor& grad_loss, const Tensor& unit_grad,
                        const Tensor& logits) {
-  const int64_t N = logits.size(0), K = logits.size(1);
   Arguments args(op);
-  args.check(unit_grad.dim() == 2, "unit_grad",
-             "the gradient saved by a forward pass with need_grad", describe(unit_grad));
-  const bool wide = unit_grad.scalar_type() == ScalarType::Double;
+  args.matrix("logits", logits, -1, -1);
+  const int64_t N = logits.size(0), K = logits.size(1);
+  args.saved("unit_grad", unit_grad, {N, K}, args.arithmetic());
+  args.grad_loss(grad_loss, N);
+  const bool wide = args.wide();
   Tensor grad = empty_like_contiguous(logits);
   const bool rows = grad_loss.dim() > 0;
   std::vector<double> factors(static_cast<size_t>(rows ? N : 1));
@@ -349,6 +363,16 @@ std::tuple<Tensor, Tensors, Tensors> teacher_loss_backward(
     const Tensor& unit_grad_logits, const Tensor& logits, const Tensors& features,
     const Tensors& prototypes, const std::optional<Tensor>& class_counts, bool need_prototypes) {
   Arguments args("teacher_loss_backward");
+  check_modalities(args, features, prototypes);
+  args.matrix("logits", logits, -1, -1);
+  const auto M = static_cast<int64_t>(features.size());
+  args.saved("coefficients", coefficients, {1 + M}, ScalarType::Double);
+  args.saved("residuals", residuals, {M, logits.size(0), logits.size(1)}, args.arithmetic());
+  args.check(grad_loss.dim() == 0, "grad_loss", "a scalar", describe(grad_loss));
+  for (size_t m = 0; m < features.size(); ++m) {
+    args.matrix(element("features", m), features[m], logits.size(0), -1, "ND");
+    args.matrix(element("prototypes", m), prototypes[m], logits.size(1), features[m].size(1));
+  }
   const double grad = value_at(grad_loss, 0);
   const Tensor logits_factor =
       scalar(grad * value_at(coefficients, 0), ScalarType::Double, grad_loss);
@@ -436,7 +460,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   const double mean_ce = sum_of(ce) / static_cast<double>(rows);
   const double mean_kl = sum_of(kl) / static_cast<double>(rows);
   const ScalarType type = args.arithmetic();
-  return {scalar((1.0 - kd_weight) * mean_ce + kl_weight * mean_kl, type, logits),
+  // A divergence of weight 0 takes no part, even where it is infinite.
+  const double kl_term = kl_weight == 0.0 && std::isinf(mean_kl) ? 0.0 : kl_weight * mean_kl;
+  return {scalar((1.0 - kd_weight) * mean_ce + kl_term, type, logits),
           scalar(mean_ce, type, logits), scalar(mean_kl, type, logits), grad};
 }
 

@@ -201,6 +201,16 @@ PYCDGKD_HD A probability_difference(A p, A q, A x) {
   return near ? p * (y + y * y * expm1_remainder(y)) : q - p;
 }
 
+// (a - b) - c for a c near the differences a - b that matter: the rounding of a - b is put back
+// (Knuth's two-sum), so that logits far apart by a constant lose nothing to it.
+template <class A>
+PYCDGKD_HD A shifted_difference(A a, A b, A c) {
+  const A difference = a - b;
+  const A back = difference - a;
+  const A lost = (a - (difference - back)) - (b + back);
+  return (difference - c) + (lost == lost ? lost : A(0));  // NaN where a or b is infinite
+}
+
 // Cross-entropy of one row from m = max_k a_k, others = sum_{k != y} e^{a_k - m}, a_y and
 // e_y = e^{a_y - m}. Where the true class is the largest, log1p keeps a small loss exact.
 template <class A>
@@ -214,7 +224,8 @@ template <class A>
 PYCDGKD_HD A modality_weight(A largest_rate, A rate) {
   const A gap = largest_rate - rate;
   const A ratio = gap / rate;
-  return gap > A(0) ? (ratio < A(1) ? ratio : A(1)) : (gap == gap ? A(0) : gap);
+  const A clipped = ratio < A(0) ? A(0) : (ratio < A(1) ? ratio : A(1));
+  return gap > A(0) ? clipped : (gap == gap ? A(0) : gap);
 }
 
 }  // namespace PYCDGKD_ISA

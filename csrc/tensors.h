@@ -75,20 +75,44 @@ class Arguments {
   bool wide() const { return wide_.value_or(false); }
   ScalarType arithmetic() const { return wide() ? ScalarType::Double : ScalarType::Float; }
 
-  // A (rows, columns) tensor; a negative size accepts any.
-  Matrix matrix(const std::string& name, const Tensor& tensor, int64_t rows, int64_t columns) {
+  // A (rows, columns) tensor; a negative size accepts any and is called by its letter.
+  Matrix matrix(const std::string& name, const Tensor& tensor, int64_t rows, int64_t columns,
+                const char* letters = "NK") {
     const Dtype dtype = dtype_of(op_, name, tensor);
     const bool fits = tensor.dim() == 2 && (rows < 0 || tensor.size(0) == rows) &&
                       (columns < 0 || tensor.size(1) == columns);
     if (!fits) {
-      const auto text = [](int64_t size, const char* letter) {
-        return size < 0 ? std::string(letter) : std::to_string(size);
+      const auto text = [](int64_t size, char letter) {
+        return size < 0 ? std::string(1, letter) : std::to_string(size);
       };
-      fail(op_, name, "shape (" + text(rows, "N") + ", " + text(columns, "K") + ")",
+      fail(op_, name, "shape (" + text(rows, letters[0]) + ", " + text(columns, letters[1]) + ")",
            describe(tensor));
     }
     arithmetic(name, dtype == Dtype::float64, tensor);
     return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), dtype};
+  }
+
+  // An array that a forward op left for its backward op, read by pointer: anything else than what
+  // that op made would be read out of bounds.
+  void saved(const std::string& name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+             ScalarType type) const {
+    bool fits = tensor.scalar_type() == type && tensor.is_contiguous() &&
+                tensor.dim() == static_cast<int64_t>(sizes.size());
+    std::string shape;
+    int64_t d = 0;
+    for (const int64_t size : sizes) {
+      fits = fits && tensor.size(d) == size;
+      shape += (d++ > 0 ? ", " : "") + std::to_string(size);
+    }
+    check(fits, name, "what the forward op left: " + name_of(type) + " of shape (" + shape + ")",
+          describe(tensor));
+  }
+
+  // The gradient of a loss: a scalar, or one value a row.
+  void grad_loss(const Tensor& tensor, int64_t rows) const {
+    dtype_of(op_, "grad_loss", tensor);
+    check(tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == rows), "grad_loss",
+          "a scalar or shape (" + std::to_string(rows) + ",)", describe(tensor));
   }
 
   void check(bool condition, const std::string& argument, const std::string& expected,

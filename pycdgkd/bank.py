@@ -34,6 +34,7 @@ class PrototypeBank(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, *, momentum: float = 0.2) -> None:
         super().__init__()
+        check("PrototypeBank", "num_classes", num_classes, num_classes >= 1, "at least 1")
         check("PrototypeBank", "momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)")
         self.momentum = momentum
         self.register_buffer("prototypes", torch.zeros(num_classes, dim))
@@ -44,6 +45,9 @@ class PrototypeBank(nn.Module):
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch (N, D) with labels (N,) to the pass; rows labelled -100 take no part."""
+        shape = tuple(features.shape)
+        fits = features.dim() == 2 and shape[1] == self.prototypes.shape[1]
+        check("PrototypeBank", "features", shape, fits, f"shape (N, {self.prototypes.shape[1]})")
         means, counts = class_prototypes(features, labels, len(self.counts))
         self._sums += means.double() * counts[:, None]
         self._pending += counts

@@ -91,7 +91,8 @@ def _combine(
     prototype_losses = statistics[3 : 3 + modalities] / statistics[2]
     rates = statistics[3 + modalities :]
     weights = torch.ops.pycdgkd.modality_weights(rates)
-    loss = (1 - proto_weight) * cross_entropy + proto_weight * (weights * prototype_losses).sum()
+    terms = torch.where(weights == 0, 0.0, weights * prototype_losses)
+    loss = (1 - proto_weight) * cross_entropy + proto_weight * terms.sum()
     return (loss, cross_entropy, prototype_losses, rates, weights), weights
 
 

@@ -90,10 +90,10 @@ def _cuda_state(torch: Any, info: dict[str, Any]) -> str:
         return "not used: this torch is a CPU build"
     if not info["cuda"]:
         return (
-            "kernels not compiled: this build of pycdgkd is for the CPU; build with "
+            "library not compiled: this build of pycdgkd is for the CPU; build with "
             "PYCDGKD_CUDA=ON and nvcc to change that"
         )
-    archs = f"kernels compiled for {info['cuda_archs']}"
+    archs = f"library compiled for {info['cuda_archs']}, without ops yet: the losses run on the CPU"
     if not torch.cuda.is_available():
         return f"{archs}; not used: torch (CUDA {torch.version.cuda}) finds no GPU or no driver"
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

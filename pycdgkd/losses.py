@@ -13,6 +13,7 @@ the argument, what was expected and what came. Equations are those of the paper 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -103,7 +104,7 @@ def prototype_loss(
     Returns:
         loss, differentiable in features and prototypes; true_prob (N,), detached.
     """
-    check("prototype_loss", "scale", scale, scale > 0, "a number above 0")
+    check("prototype_loss", "scale", scale, 0 < scale < math.inf, "a finite number above 0")
     check_choice("prototype_loss", "reduction", reduction, ops.REDUCTIONS)
     loss, true_prob, _, _ = _ops.prototype_loss(
         features,
@@ -138,7 +139,7 @@ def convergence_rates(
     Returns:
         (M,) rates between 0 and N; no gradient.
     """
-    check("convergence_rates", "scale", scale, scale > 0, "a number above 0")
+    check("convergence_rates", "scale", scale, 0 < scale < math.inf, "a finite number above 0")
     features, prototypes = _modalities("convergence_rates", features, prototypes)
     with torch.no_grad():
         rates = _ops.convergence_rates(
@@ -201,8 +202,9 @@ def teacher_loss(
         prototypes.
     """
     name = "teacher_loss"
-    check(name, "scale", scale, scale > 0, "a number above 0")
+    check(name, "scale", scale, 0 < scale < math.inf, "a finite number above 0")
     check(name, "proto_weight", proto_weight, 0 <= proto_weight <= 1, "a number from 0 to 1")
+    check(name, "logits", tuple(logits.shape), logits.dim() == 2, "shape (N, K)")
     features, given = _modalities(name, features, prototypes)
     counts = _counts(class_counts)
     if prototypes is None:
@@ -254,7 +256,7 @@ def multi_source_kl(
     """
     name = "multi_source_kl"
     check_choice(name, "reduction", reduction, ops.REDUCTIONS)
-    source_list = _sources(name, sources, temperature, direction)
+    source_list = _sources(name, sources, source_weights, temperature, direction)
     loss, _ = _ops.multi_source_kl(
         logits,
         source_list,
@@ -295,7 +297,9 @@ def distillation_loss(
     """
     name = "distillation_loss"
     check(name, "kd_weight", kd_weight, 0 <= kd_weight <= 1, "a number from 0 to 1")
-    source_list = _sources(name, sources, temperature, direction)
+    finite = -math.inf < temperature_power < math.inf
+    check(name, "temperature_power", temperature_power, finite, "a finite number")
+    source_list = _sources(name, sources, source_weights, temperature, direction)
     outputs = _ops.distillation_loss(
         logits,
         source_list,
@@ -332,18 +336,29 @@ def _modalities(
 
 
 def _sources(
-    op: str, sources: Tensor | Sequence[Tensor], temperature: float, direction: str
+    op: str,
+    sources: Tensor | Sequence[Tensor],
+    source_weights: Tensor | None,
+    temperature: float,
+    direction: str,
 ) -> list[Tensor]:
-    check(op, "temperature", temperature, temperature > 0, "a number above 0")
+    finite = 0 < temperature < math.inf
+    check(op, "temperature", temperature, finite, "a finite number above 0")
     check_choice(op, "direction", direction, ops.DIRECTIONS)
     if isinstance(sources, Tensor):
         shape = tuple(sources.shape)
         check(op, "sources", shape, sources.dim() == 3, "shape (S, N, K) or a sequence of (N, K)")
         sources = sources.unbind(0)
     for index, source in enumerate(sources):
-        if source.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"pycdgkd.{op}: sources[{index}]: expected a tensor without gradient (sources are "
-                "fixed), got one that requires grad; pass source.detach()"
-            )
+        _refuse_gradient(op, f"sources[{index}]", source)
+    if source_weights is not None:
+        _refuse_gradient(op, "source_weights", source_weights)
     return list(sources)
+
+
+def _refuse_gradient(op: str, name: str, fixed: Tensor) -> None:
+    if fixed.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"pycdgkd.{op}: {name}: expected a tensor without gradient (sources and their weights "
+            "are fixed), got one that requires grad; detach() it"
+        )

@@ -42,7 +42,7 @@ def _register(name: str, fake: Any, backward: Any = None, setup_context: Any = N
     torch.library.register_fake(f"pycdgkd::{name}", fake)
     if backward is None:
 
-        def backward(ctx: Any, *grads: Any) -> Any:
+        def backward(*_: Any) -> Any:
             raise RuntimeError(
                 f"pycdgkd.{name}: has no derivative; second derivatives of the fused losses are "
                 "not implemented (pycdgkd.reference states them in plain torch)"
@@ -286,7 +286,7 @@ def _multi_source_kl_fake(
 
 
 def _multi_source_kl_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.need_grad = inputs[-1]
+    ctx.need_grad, ctx.sources = inputs[-1], len(inputs[1])
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], inputs[0])
 
@@ -294,7 +294,7 @@ def _multi_source_kl_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _multi_source_kl_backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
     _require_saved(ctx, "multi_source_kl")
     grad = torch.ops.pycdgkd.multi_source_kl_backward(grad_loss, *ctx.saved_tensors)
-    return grad, *[None] * 6
+    return grad, [None] * ctx.sources, *[None] * 5
 
 
 _register(
@@ -320,7 +320,7 @@ def _distillation_loss_fake(
 
 
 def _distillation_loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.need_grad = inputs[-1]
+    ctx.need_grad, ctx.sources = inputs[-1], len(inputs[1])
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[3], inputs[0])
 
@@ -328,7 +328,7 @@ def _distillation_loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _distillation_loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
     _require_saved(ctx, "distillation_loss")
     grad = torch.ops.pycdgkd.distillation_loss_backward(grad_loss, *ctx.saved_tensors)
-    return grad, *[None] * 9
+    return grad, [None] * ctx.sources, *[None] * 8
 
 
 _register(

@@ -55,7 +55,7 @@ def prototype_loss(
     """
     valid = labels != ignore_index
     if class_counts is not None:
-        valid = valid & (class_counts > 0)[labels.long().clamp(min=0)]
+        valid = valid & (class_counts > 0)[torch.where(valid, labels.long(), 0)]
     log_prob = class_log_probabilities(features, prototypes, class_counts=class_counts, scale=scale)
     target = torch.where(valid, labels.long(), 0)
     true_log_prob = log_prob.gather(1, target[:, None])[:, 0]
@@ -115,7 +115,9 @@ def teacher_loss(
     cross_entropy = torch.nn.functional.cross_entropy(
         logits, labels.long(), ignore_index=ignore_index
     )
-    loss = (1 - proto_weight) * cross_entropy + proto_weight * (weights * prototype_losses).sum()
+    # A modality of weight 0 takes no part, even where its own loss is NaN for want of rows.
+    weighted = torch.where(weights == 0, 0.0, weights * prototype_losses)
+    loss = (1 - proto_weight) * cross_entropy + proto_weight * weighted.sum()
     return loss, cross_entropy, prototype_losses, rates, weights
 
 

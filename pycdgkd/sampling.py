@@ -34,8 +34,10 @@ def sample_sources(
     name = "sample_sources"
     check(name, "num_sources", num_sources, num_sources >= 1, "at least 1")
     check_choice(name, "strategy", strategy, _STRATEGIES)
-    largest = 1.0 if strategy == "bernoulli_sum" else 1.0 - 1e-6
-    check(name, "drop_prob", drop_prob, 0.0 <= drop_prob <= largest, "a probability below 1")
+    if strategy == "bernoulli_sum":
+        check(name, "drop_prob", drop_prob, 0.0 <= drop_prob <= 1.0, "a probability")
+    else:  # a subset is redrawn until it holds a source, which must not take for ever
+        check(name, "drop_prob", drop_prob, 0.0 <= drop_prob <= 1.0 - 1e-6, "a probability below 1")
     if strategy == "all" or (strategy == "drop_one" and num_sources == 1):
         return torch.full((num_sources,), 1.0 / num_sources)
     if strategy == "drop_one":

@@ -10,36 +10,52 @@ template <class A>
 struct Workspace {
   explicit Workspace(int64_t K)
       : count(K * kLanes),
-        storage(7 * count),
+        storage(6 * count),
         logits(storage.get()),
         prob(logits + count),
-        log_prob(prob + count),
-        source(log_prob + count),
+        source(prob + count),
         source_prob(source + count),
         slope(source_prob + count),
         grad(slope + count) {}
   int64_t count;
   Scratch<A> storage;
-  A *logits, *prob, *log_prob, *source, *source_prob, *slope, *grad;
+  A *logits, *prob, *source, *source_prob, *slope, *grad;
+  A maximum[kLanes];  // of the logits
+  double log_sum[kLanes];
 };
 
 // Adds w KL(p || q), or w KL(q || p), to `sum` and, to `slope`, what the gradient needs:
-// reverse: w (s - t) / T, forward: w (p - q).
+// reverse: w (s - t) / T but for a constant of the row, forward: w (p - q). The log-ratio of p and
+// q is formed from s - t, not from two logarithms: near p = q those would cancel.
 template <class A>
 void add_source(const Distillation& d, Workspace<A>& w, A weight, A inverse_temperature,
                 LaneSum<double>& sum) {
-  A* log_q = w.grad;  // free until the gradient is formed
   const bool reverse = d.direction == Direction::reverse;
-  lane_softmax(w.source, d.K, inverse_temperature, w.source_prob, log_q);
+  A source_maximum[kLanes], anchor[kLanes], offset[kLanes], log_ratio[kLanes];
+  double log_sum[kLanes];
+  lane_softmax(w.source, d.K, inverse_temperature, w.source_prob, source_maximum, log_sum);
+  // s - t is taken relative to the likeliest class of the weighing distribution: only what the
+  // others add to it moves the gradient.
+  reverse ? lane_at_maximum(w.logits, w.maximum, w.source, d.K, anchor)
+          : lane_at_maximum(w.source, source_maximum, w.logits, d.K, anchor);
+  for (int64_t r = 0; r < kLanes; ++r) {
+    const A difference = reverse ? w.maximum[r] - anchor[r] : anchor[r] - source_maximum[r];
+    offset[r] = difference - difference == A(0) ? difference : A(0);  // 0 beside -inf
+    const double rest =
+        shifted_difference(static_cast<double>(w.maximum[r]),
+                           static_cast<double>(source_maximum[r]), static_cast<double>(offset[r]));
+    log_ratio[r] = static_cast<A>(w.log_sum[r] - log_sum[r] + rest / d.temperature);
+  }
   LaneSum<A> share;
   for (int64_t k = 0; k < d.K; ++k) {
     const int64_t row = k * kLanes;
 #pragma omp simd
     for (int64_t r = 0; r < kLanes; ++r) {
       const A p = w.prob[row + r], q = w.source_prob[row + r];
-      const A x = log_q[row + r] - w.log_prob[row + r];
+      const A difference = shifted_difference(w.logits[row + r], w.source[row + r], offset[r]);
+      const A delta = difference * inverse_temperature;
+      const A x = log_ratio[r] - delta;  // log q - log p
       if (reverse) {
-        const A delta = (w.logits[row + r] - w.source[row + r]) * inverse_temperature;
         share.part[r] += kl_share(p, q, x);
         w.slope[row + r] += weight * (p == A(0) ? A(0) : delta);
       } else {
@@ -53,37 +69,31 @@ void add_source(const Distillation& d, Workspace<A>& w, A weight, A inverse_temp
   for (int64_t r = 0; r < kLanes; ++r) sum.total[r] += static_cast<double>(weight) * share.total[r];
 }
 
-// Adds factor * d KL / d logits: reverse (1/T) p (delta - E_p delta), forward (1/T) (p - qbar).
+// Adds factor * d KL / d logits: reverse (1/T) p (delta - E_p delta), forward (1/T) (p - qbar). The
+// latter sums to 0 but for the rounding of log_ratio, which p times the sum takes out again.
 template <class A>
 void add_divergence_grad(const Distillation& d, const Workspace<A>& w, A factor, const A* lane_on) {
-  if (d.direction == Direction::forward) {
-    for (int64_t k = 0; k < d.K; ++k) {
-#pragma omp simd
-      for (int64_t r = 0; r < kLanes; ++r) {
-        const int64_t at = k * kLanes + r;
-        w.grad[at] += lane_on[r] != A(0) ? factor * w.slope[at] : A(0);
-      }
-    }
-    return;
-  }
-  LaneSum<A> expected;
+  const bool reverse = d.direction == Direction::reverse;
+  LaneSum<A> sum;
   for (int64_t k = 0; k < d.K; ++k) {
 #pragma omp simd
     for (int64_t r = 0; r < kLanes; ++r) {
-      expected.part[r] += w.prob[k * kLanes + r] * w.slope[k * kLanes + r];
+      const A slope = w.slope[k * kLanes + r];
+      sum.part[r] += reverse ? w.prob[k * kLanes + r] * slope : slope;
     }
-    expected.step();
+    sum.step();
   }
-  expected.flush();
+  sum.flush();
   A mean[kLanes];
-  for (int64_t r = 0; r < kLanes; ++r) mean[r] = static_cast<A>(expected.total[r]);
+  for (int64_t r = 0; r < kLanes; ++r) mean[r] = static_cast<A>(sum.total[r]);
   for (int64_t k = 0; k < d.K; ++k) {
 #pragma omp simd
     for (int64_t r = 0; r < kLanes; ++r) {
       const int64_t at = k * kLanes + r;
-      const A p = w.prob[at];
-      const A slope = p == A(0) ? A(0) : p * (w.slope[at] - mean[r]);
-      w.grad[at] += lane_on[r] != A(0) ? factor * slope : A(0);
+      const A p = w.prob[at], slope = w.slope[at];
+      const A centred = reverse ? p * (slope - mean[r]) : slope - p * mean[r];
+      const A grad = reverse && p == A(0) ? A(0) : centred;
+      w.grad[at] += lane_on[r] != A(0) ? factor * grad : A(0);
     }
   }
 }
@@ -96,7 +106,7 @@ void divergences(const Distillation& d, Workspace<A>& w, int64_t first, int64_t 
   for (int64_t at = 0; at < w.count; ++at) w.slope[at] = w.grad[at] = A(0);
   if (d.S == 0) return;
   const A inverse_temperature = static_cast<A>(1.0 / d.temperature);
-  lane_softmax(w.logits, d.K, inverse_temperature, w.prob, w.log_prob);
+  lane_softmax(w.logits, d.K, inverse_temperature, w.prob, w.maximum, w.log_sum);
   LaneSum<double> sum;
   for (int64_t j = 0; j < d.S; ++j) {
     if (d.source_weights[j] == 0.0) continue;
@@ -105,7 +115,7 @@ void divergences(const Distillation& d, Workspace<A>& w, int64_t first, int64_t 
   }
   for (int64_t r = 0; r < kLanes; ++r) row_kl[r] = lane_on[r] != A(0) ? sum.total[r] : 0.0;
   for (int64_t at = 0; at < w.count; ++at) w.grad[at] = A(0);
-  if (d.grad != nullptr) {
+  if (d.grad != nullptr && d.kl_factor != 0.0) {
     add_divergence_grad(d, w, static_cast<A>(d.kl_factor) * inverse_temperature, lane_on);
   }
 }

@@ -39,35 +39,42 @@ void lane_max(const A* a, int64_t K, A* maximum) {
   }
 }
 
-// prob = softmax(a / temperature) and log_prob its logarithm.
+// value = b_k for the class k whose a_k is the maximum (the last such; 0 if there is none).
 template <class A>
-void lane_softmax(const A* a, int64_t K, A inverse_temperature, A* prob, A* log_prob) {
-  A maximum[kLanes];
+void lane_at_maximum(const A* a, const A* maximum, const A* b, int64_t K, A* value) {
+  for (int64_t r = 0; r < kLanes; ++r) value[r] = A(0);
+  for (int64_t k = 0; k < K; ++k) {
+#pragma omp simd
+    for (int64_t r = 0; r < kLanes; ++r) {
+      value[r] = a[k * kLanes + r] == maximum[r] ? b[k * kLanes + r] : value[r];
+    }
+  }
+}
+
+// prob = softmax(a / temperature); its logarithm is (a - maximum) / temperature - log_sum.
+template <class A>
+void lane_softmax(const A* a, int64_t K, A inverse_temperature, A* prob, A* maximum,
+                  double* log_sum) {
   lane_max(a, K, maximum);
   LaneSum<A> sum;
   for (int64_t k = 0; k < K; ++k) {
 #pragma omp simd
     for (int64_t r = 0; r < kLanes; ++r) {
-      const A shifted = (a[k * kLanes + r] - maximum[r]) * inverse_temperature;
-      const A e = exp_(shifted);
-      log_prob[k * kLanes + r] = shifted;
+      const A e = exp_((a[k * kLanes + r] - maximum[r]) * inverse_temperature);
       prob[k * kLanes + r] = e;
       sum.part[r] += e;
     }
     sum.step();
   }
   sum.flush();
-  A inverse[kLanes], log_sum[kLanes];
+  A inverse[kLanes];
   for (int64_t r = 0; r < kLanes; ++r) {
     inverse[r] = static_cast<A>(1.0 / sum.total[r]);
-    log_sum[r] = static_cast<A>(std::log(sum.total[r]));
+    log_sum[r] = std::log(sum.total[r]);
   }
   for (int64_t k = 0; k < K; ++k) {
 #pragma omp simd
-    for (int64_t r = 0; r < kLanes; ++r) {
-      prob[k * kLanes + r] *= inverse[r];
-      log_prob[k * kLanes + r] -= log_sum[r];
-    }
+    for (int64_t r = 0; r < kLanes; ++r) prob[k * kLanes + r] *= inverse[r];
   }
 }
 

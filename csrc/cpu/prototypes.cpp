@@ -14,28 +14,18 @@ A dot(const A* x, const A* y, int64_t count) {
   return sum;
 }
 
-// Two active classes: their centred prototypes are exact opposites, so that one product with a row
-// gives both logits.
+// x.(y - z): of two classes only the difference of their logits matters, one product instead of
+// two.
 template <class A>
-void centre_pair(const CentrePrototypes& c) {
-  A* mean = static_cast<A*>(c.mean);
-  A* first = static_cast<A*>(c.centred);
-  A* second = first + c.D;
-  load_row(c.prototypes, 0, 0, first, 1, c.D);
-  load_row(c.prototypes, 1, 0, second, 1, c.D);
-  for (int64_t j = 0; j < c.D; ++j) {
-    const A half = (first[j] - second[j]) * A(0.5);
-    mean[j] = second[j] + half;
-    first[j] = half;
-    second[j] = -half;
-  }
-  A* bias = static_cast<A*>(c.bias);
-  bias[0] = bias[1] = static_cast<A>(-c.scale) * dot(first, first, c.D);
+A dot_difference(const A* x, const A* y, const A* z, int64_t count) {
+  A sum = A(0);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) sum += x[j] * (y[j] - z[j]);
+  return sum;
 }
 
 template <class A>
 void centre(const CentrePrototypes& c) {
-  if (c.K == 2 && c.active[0] && c.active[1]) return centre_pair<A>(c);
   A* mean = static_cast<A*>(c.mean);
   A* centred = static_cast<A*>(c.centred);
   A* bias = static_cast<A*>(c.bias);
@@ -70,10 +60,10 @@ void row_logits(const PrototypeForward& p, int64_t i, A* row, A* logits) {
 #pragma omp simd
   for (int64_t j = 0; j < p.D; ++j) row[j] -= mean[j];
   const A twice = static_cast<A>(2.0 * p.scale);
-  if (p.K == 2 && bias[0] == bias[1]) {  // see centre_pair
-    const A product = twice * dot(row, centred, p.D);
-    logits[0] = product + bias[0];
-    logits[kLanes] = -product + bias[1];
+  constexpr A lowest = std::numeric_limits<A>::lowest();
+  if (p.K == 2 && bias[0] >= lowest && bias[1] >= lowest) {  // two classes that take part
+    logits[0] = twice * dot_difference(row, centred, centred + p.D, p.D) + (bias[0] - bias[1]);
+    logits[kLanes] = A(0);
     return;
   }
   for (int64_t k = 0; k < p.K; ++k) {

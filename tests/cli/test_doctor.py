@@ -101,7 +101,7 @@ def fake_torch(cuda: str | None, devices: list[str]) -> SimpleNamespace:
     ("torch", "info", "expected"),
     [
         (fake_torch(None, []), INFO, "not used: this torch is a CPU build"),
-        (fake_torch("13.0", ["H100"]), {**INFO, "cuda": False}, "kernels not compiled"),
+        (fake_torch("13.0", ["H100"]), {**INFO, "cuda": False}, "library not compiled"),
         (fake_torch("13.0", []), INFO, "finds no GPU or no driver"),
         (fake_torch("13.0", ["H100", "H200"]), INFO, "sees H100, H200"),
     ],
