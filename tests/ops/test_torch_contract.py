@@ -1,0 +1,147 @@
+"""What torch expects of an op, for all ops alike: schemas, graphs, memory, modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same_bits, make_logits
+from scenarios import LOSSES, WIDTHS, K, N, inputs, run, with_grad
+from torch import Tensor
+
+import pycdgkd
+
+OPS = torch.ops.pycdgkd
+ALL = pytest.mark.parametrize("name", LOSSES)
+
+
+@ALL
+def test_inputs_are_left_as_they_were(name: str) -> None:
+    loss, positions = LOSSES[name]
+    leaves = with_grad(inputs(), positions)
+    versions, copies = [t._version for t in leaves], [t.detach().clone() for t in leaves]
+    value = loss(leaves)
+    value.backward()
+    assert [t._version for t in leaves] == versions
+    assert_same_bits([t.detach() for t in leaves], copies)
+
+
+@ALL
+def test_backward_twice_adds_the_same(name: str) -> None:
+    loss, positions = LOSSES[name]
+    leaves = with_grad(inputs(), positions)
+    value = loss(leaves)
+    wanted = [leaves[i] for i in positions]
+    first = torch.autograd.grad(value, wanted, retain_graph=True)
+    second = torch.autograd.grad(value, wanted)
+    assert_same_bits(first, second)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(value, wanted)
+
+
+@ALL
+def test_second_derivatives_are_refused(name: str) -> None:
+    loss, positions = LOSSES[name]
+    leaves = with_grad(inputs(torch.float64), positions)
+    wanted = [leaves[i] for i in positions]
+    grads = torch.autograd.grad(loss(leaves), wanted, create_graph=True)
+    plain = torch.autograd.grad(loss(leaves), wanted)
+    assert_same_bits([g.detach() for g in grads], plain)
+    message = r"pycdgkd\.\w+_backward: has no derivative; second derivatives .* not implemented"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(sum(g.sum() for g in grads), wanted)
+
+
+def saved_tensors(call: Callable[[], Any]) -> list[Tensor]:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call()
+    return saved
+
+
+@ALL
+def test_nothing_is_saved_where_no_gradient_is_wanted(name: str) -> None:
+    loss, positions = LOSSES[name]
+    leaves = with_grad(inputs(), positions)
+    with torch.no_grad():
+        assert not saved_tensors(lambda: loss(leaves))
+        quiet = loss(leaves)
+    assert not quiet.requires_grad
+    assert not saved_tensors(lambda: loss(inputs()))
+    with torch.inference_mode():
+        inference = loss(inputs())
+    assert_same_bits([quiet, inference], [run(name)[0]] * 2)
+
+
+@ALL
+def test_only_the_inputs_are_saved_at_their_size(name: str) -> None:
+    """Beside the inputs themselves nothing of size (N, D) is kept: only (M, N, K)."""
+    loss, positions = LOSSES[name]
+    leaves = with_grad(inputs(), positions)
+    own = {t.untyped_storage().data_ptr() for t in leaves}
+    saved = saved_tensors(lambda: loss(leaves))
+    extra = {t.untyped_storage().data_ptr(): t for t in saved}
+    sizes = [t.untyped_storage().nbytes() for p, t in extra.items() if p not in own]
+    means = sum(K * D for D in WIDTHS)  # of the batch, where the op made them
+    assert sum(sizes) <= 4 * (3 * N * K + means) + 8 * (2 * K + 16)
+
+
+def test_outputs_of_the_raw_ops_are_empty_without_need_grad() -> None:
+    s, z, _, c, _, y, t, _ = inputs()
+    assert OPS.prototype_loss(z, c, y, None, 1.0, 1, -100, False)[2].numel() == 0
+    *_, residuals, unit_grad = OPS.teacher_loss(s, [z], [c], y, None, 0.5, 1.0, -100, False)
+    assert residuals.numel() == unit_grad.numel() == 0
+    assert OPS.multi_source_kl(s, [t], None, 1.0, 0, 1, False)[1].numel() == 0
+    assert OPS.distillation_loss(s, [t], y, None, 0.5, 1.0, 0, 0.0, -100, False)[3].numel() == 0
+
+
+@ALL
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_bit(name: str, autocast_dtype: torch.dtype) -> None:
+    before = run(name)
+    with torch.autocast("cpu", dtype=autocast_dtype):
+        during = run(name)
+    assert_same_bits(before, during)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Fills uninitialised memory with NaN, among other things."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@ALL
+@pytest.mark.usefixtures("deterministic")
+def test_every_output_is_written(name: str) -> None:
+    results = run(name)
+    torch.use_deterministic_algorithms(False)
+    assert all(t.isfinite().all() for t in results)
+    assert_same_bits(results, run(name))
+
+
+@ALL
+def test_checkpointing(name: str) -> None:
+    loss, positions = LOSSES[name]
+    leaves = with_grad(inputs(), positions)
+    value = torch.utils.checkpoint.checkpoint(lambda: loss(leaves), use_reentrant=False)
+    grads = torch.autograd.grad(value, [leaves[i] for i in positions])
+    assert_same_bits([value.detach(), *grads], run(name))
+
+
+def test_functorch_refuses() -> None:
+    logits, sources = make_logits(4, 3), [make_logits(4, 3)]
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda s: pycdgkd.multi_source_kl(s, sources))(logits)
+
+
+@ALL
+def test_low_precision_inputs_get_gradients_of_their_own_type(name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        x = inputs(dtype)
+        value, *grads = run(name, x)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert [g.dtype for g in grads] == [dtype] * len(grads)
