@@ -29,6 +29,14 @@ DIRECTIONS = {"reverse": 0, "forward": 1}
 build_info = _C.build_info
 
 
+def has_kernels(device_type: str) -> bool:
+    """Whether this build computes the losses on tensors of that device type ("cpu", "cuda")."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("pycdgkd::teacher_loss", key)
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for all lower precisions."""
     return torch.float64 if dtype == torch.float64 else torch.float32

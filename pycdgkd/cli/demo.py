@@ -35,8 +35,10 @@ class Size:
 # The nano networks are too small to gain much from a second thread, and on a busy machine threads
 # that wait for one another cost far more: measured 15 s with one thread, 68 to 97 s with two.
 SIZES = {
-    "full": Size({}, ("threads=1",)),
-    "small": Size({"subjects": 4, "trials": 10}, ("threads=1", "optim.epochs=3")),
+    "full": Size({"trials": 40, "trial_seconds": 4.0}, ("threads=1",)),
+    "small": Size(
+        {"subjects": 4, "trials": 10, "trial_seconds": 4.0}, ("threads=1", "optim.epochs=3")
+    ),
 }
 
 

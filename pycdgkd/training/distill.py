@@ -12,6 +12,7 @@ from pycdgkd import losses
 from pycdgkd.sampling import sample_sources
 
 from .config import DistillConfig
+from .environment import loss_device
 from .inference import Network, forward
 from .recordings import Batch
 
@@ -33,7 +34,8 @@ class Distillation:
         self.config = config
         self.columns: tuple[str, ...] = ("loss", "cross_entropy", "kl")
         self.columns += tuple(f"weight_{name}" for name in names)
-        self.table = torch.stack(list(logits))  # (S, n, K)
+        table = torch.stack(list(logits))  # (S, n, K)
+        self.table = table.to(loss_device(table.device))
         self.generator = torch.Generator().manual_seed(seed)
         self.weights = torch.zeros(len(names))
 
@@ -53,9 +55,9 @@ class Distillation:
     def __call__(self, net: Network, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Distillation loss of the batch against the rows of its samples."""
         result = losses.distillation_loss(
-            forward(net, batch).logits,
+            forward(net, batch).logits.to(self.table.device),
             self.table[:, positions.to(self.table.device)],
-            batch.labels,
+            batch.labels.to(self.table.device),
             kd_weight=self.config.kd_weight,
             temperature=self.config.temperature,
             direction=self.config.direction,

@@ -12,6 +12,7 @@ import torch
 import torch.utils.deterministic
 
 from pycdgkd.errors import InputError
+from pycdgkd.ops import has_kernels
 
 from .config import TrainConfig
 
@@ -42,6 +43,14 @@ def resolve_device(name: str) -> torch.device:
                 "remedy: device auto, or a torch build with CUDA"
             )
     return device
+
+
+def loss_device(device: torch.device) -> torch.device:
+    """Where the losses of networks on ``device`` are computed: the CPU where only it has kernels.
+
+    Logits and features of a batch are small beside the networks that made them.
+    """
+    return device if has_kernels(device.type) else torch.device("cpu")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pycdgkd.errors import InputError
 from .chain import NO_PART_OF_IDENTITY, Chain
 from .checkpoint import write_atomically, write_text
 from .config import TrainConfig, config_differences, load_config, to_toml
-from .environment import Progress, reproducible, resolve_device
+from .environment import Progress, loss_device, reproducible, resolve_device
 from .recordings import Recordings, require_all_classes
 from .results import collect, read_results, recompute, write_results
 
@@ -56,11 +56,13 @@ def train(
             f"{part}: {count['samples']} samples of {count['trials']} trials, "
             f"{config.label} low {count['classes'][0]} high {count['classes'][1]}"
         )
+    if loss_device(device) != device:
+        say(f"networks on {device}, losses on the CPU: this build has no kernels for {device.type}")
     try:
         with reproducible(config, device):
             results = collect(chain, chain.train())
     except KeyboardInterrupt:
-        say(f"interrupted: every finished epoch is kept in {out}; continue with --resume")
+        say(f"interrupted: every finished epoch is kept in {out}")
         raise
     write_results(out, results)
     return results

@@ -13,6 +13,7 @@ from pycdgkd.bank import PrototypeBank
 from pycdgkd.models.networks import MultimodalNet, MultimodalOutput
 
 from .config import TeacherConfig
+from .environment import loss_device
 from .inference import Network, Output, evaluating, forward
 from .recordings import NUM_CLASSES, Batch, Indices, Recordings
 
@@ -47,9 +48,10 @@ class Rebalancing:
         """Prototypes as wide as the features of ``net``, computed ``size`` samples at a time."""
         widths = (net.visual.project.out_features, net.eeg.project.out_features)
         self.config, self.data, self.train, self.size = config, data, train, size
+        self.place = loss_device(data.device)
         self.banks = torch.nn.ModuleList(
             PrototypeBank(NUM_CLASSES, width, momentum=config.momentum) for width in widths
-        ).to(data.device)
+        ).to(self.place)
 
     def begin_epoch(self, net: Network) -> None:
         """Take the class means of the train split with the present weights."""
@@ -57,7 +59,7 @@ class Rebalancing:
             for _, batch in self.data.batches(self.train, self.size):
                 both = _features(forward(net, batch))
                 for bank, features in zip(self._banks(), both, strict=True):
-                    bank.update(features, batch.labels)
+                    bank.update(features.to(self.place), batch.labels.to(self.place))
         for bank in self._banks():
             bank.refresh()
 
@@ -70,9 +72,9 @@ class Rebalancing:
         output = forward(net, batch)
         banks = self._banks()
         result = losses.teacher_loss(
-            output.logits,
-            _features(output),
-            batch.labels,
+            output.logits.to(self.place),
+            [features.to(self.place) for features in _features(output)],
+            batch.labels.to(self.place),
             [bank.prototypes for bank in banks],
             class_counts=banks[0].counts,
             proto_weight=self.config.proto_weight,
