@@ -47,11 +47,12 @@ PYCDGKD_HD float to_arithmetic(bfloat16 x) {
 }
 
 PYCDGKD_HD float to_arithmetic(float16 x) {
-  // Shift exponent and mantissa into place, then rescale by 2^112: right for subnormals as well.
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;
-  const bool special = (x.bits & 0x7c00u) == 0x7c00u;  // infinity or NaN
-  const uint32_t bits = special ? (magnitude | 0x7f800000u) : bit_cast<uint32_t>(scaled);
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // Rebias the exponent; infinity and NaN, whose exponent is all ones, once more.
+  const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00u ? 0x38000000u : 0x70000000u);
+  // Subnormals are normal in float: no denormal arithmetic, which a program may have switched off.
+  const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
+  const uint32_t bits = magnitude < 0x400u ? bit_cast<uint32_t>(tiny) : normal;
   return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,12 @@ class PrototypeBank(nn.Module):
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("_sums", torch.zeros(num_classes, dim, dtype=torch.float64))
         self.register_buffer("_pending", torch.zeros(num_classes, dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the sums in float64 where the model goes to a lower precision."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self._sums = self._sums.double()
+        return self
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:

@@ -58,7 +58,6 @@ PROBLEMS: dict[str, Callable[[], list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.usefixtures("threads")
 def test_same_bits_for_every_thread_count_and_run(name: str) -> None:
     outcomes = []
     for count in (1, 2, 4, 3, 2):

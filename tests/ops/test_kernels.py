@@ -160,6 +160,18 @@ def test_every_16_bit_pattern_is_read_exactly(dtype: torch.dtype) -> None:
     assert torch.equal(means[:, 0].nan_to_num(), expected.nan_to_num())
 
 
+def test_float16_subnormals_survive_a_program_that_flushes_denormals() -> None:
+    stored = torch.arange(1, 1024, dtype=torch.int16).view(torch.float16)
+    expected = stored.float()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        means, _ = pycdgkd.class_prototypes(stored[:, None], torch.arange(1023), 1023)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(means[:, 0], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_rounding_to_16_bits_is_torchs(dtype: torch.dtype) -> None:
     """All representable values, the points half-way between neighbours, and random bits."""

@@ -119,6 +119,21 @@ def test_many_small_batches_far_from_the_origin() -> None:
     torch.testing.assert_close(bank.prototypes.double(), expected, rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_stay_exact_in_a_model_of_low_precision(dtype: torch.dtype) -> None:
+    """4096 rows summed in bfloat16 would stop growing after 256."""
+    features, labels = a_pass(4096)
+    bank = torch.nn.Sequential(PrototypeBank(3, 5)).to(dtype)[0]
+    for z, y in zip((features + 10).split(8), labels.split(8), strict=True):
+        bank.update(z, y)
+    bank.refresh()
+    expected, counts = pycdgkd.class_prototypes(features.double() + 10, labels, 3)
+    assert bank.prototypes.dtype == dtype
+    assert torch.equal(bank.counts, counts)
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(bank.prototypes.double(), expected, rtol=tolerance, atol=0)
+
+
 def test_serves_the_teacher_loss() -> None:
     features, labels = a_pass()
     bank = PrototypeBank(3, 5)
