@@ -61,19 +61,46 @@ double sum_of(const std::vector<double>& values) {
   return sum;
 }
 
+py::array_t<int64_t> count_classes(const Classes& classes, int64_t K) {
+  py::array_t<int64_t> counts(K);
+  for (int64_t k = 0; k < K; ++k) counts.mutable_at(k) = 0;
+  for (int64_t i = 0; i < classes.shape(0); ++i) {
+    if (classes.data()[i] >= 0) ++counts.mutable_at(classes.data()[i]);
+  }
+  return counts;
+}
+
+// An array that a forward kernel returned: contiguous, of the arithmetic type.
+void check_saved(const py::array& array) {
+  if (!(array.flags() & py::array::c_style) || dtype_of(array) == Dtype::float16) {
+    throw py::value_error(
+        "pycdgkd._C: expected a contiguous float32 or float64 array, as the forward returns it");
+  }
+}
+
 py::tuple class_prototypes(const py::array& features, const Classes& classes, int64_t K) {
   const Matrix z = matrix(features, -1, -1);
   const int64_t N = features.shape(0), D = features.shape(1);
   check_classes(classes, N, K);
-  py::array_t<int64_t> counts(K);
-  for (int64_t k = 0; k < K; ++k) counts.mutable_at(k) = 0;
-  for (int64_t i = 0; i < N; ++i) {
-    if (classes.data()[i] >= 0) ++counts.mutable_at(classes.data()[i]);
-  }
+  py::array_t<int64_t> counts = count_classes(classes, K);
   py::array means = arithmetic_array(is_wide(features), {K, D});
   cpu::kernels().class_means(
       {N, D, K, is_wide(features), z, classes.data(), counts.data(), means.mutable_data()}, serial);
   return py::make_tuple(means, counts);
+}
+
+py::array class_prototypes_backward(const py::array& grad_prototypes, const Classes& classes) {
+  const Matrix grad_means = matrix(grad_prototypes, -1, -1);
+  const int64_t K = grad_prototypes.shape(0), D = grad_prototypes.shape(1);
+  const int64_t N = classes.ndim() == 1 ? classes.shape(0) : -1;
+  check_classes(classes, N, K);
+  const bool wide = is_wide(grad_prototypes);
+  const py::array_t<int64_t> counts = count_classes(classes, K);
+  py::array grad = arithmetic_array(wide, {N, D});
+  cpu::kernels().class_means_backward({N, D, K, wide, classes.data(), counts.data(), grad_means,
+                                       grad.mutable_data(), dtype_of(grad)},
+                                      serial);
+  return grad;
 }
 
 struct Centred {
@@ -116,15 +143,46 @@ py::array prototype_loss_backward(const py::array& residual, const py::array& pr
   matrix(prototypes, K, -1);
   const int64_t D = prototypes.shape(1);
   const bool wide = is_wide(residual);
-  if (!(residual.flags() & py::array::c_style) || dtype_of(residual) == Dtype::float16) {
-    throw py::value_error(
-        "pycdgkd._C: residual must be contiguous float32 or float64, as prototype_loss returns it");
-  }
+  check_saved(residual);
   Centred c(prototypes, 1.0, wide);
   py::array grad = arithmetic_array(wide, {N, D});
   cpu::kernels().prototype_backward({N, D, K, wide, factor, nullptr, residual.data(),
                                      c.centred.data(), grad.mutable_data(), dtype_of(grad)},
                                     serial);
+  return grad;
+}
+
+py::array prototype_grad(const py::array& residual, const py::array& features,
+                         const py::array& prototypes, double factor) {
+  matrix(residual, -1, -1);
+  check_saved(residual);
+  const int64_t N = residual.shape(0), K = residual.shape(1);
+  const Matrix z = matrix(features, N, -1);
+  const int64_t D = features.shape(1);
+  matrix(prototypes, K, D);
+  const bool wide = is_wide(residual);
+  Centred c(prototypes, 1.0, wide);
+  py::array grad = arithmetic_array(wide, {K, D});
+  cpu::kernels().prototype_grad({N, D, K, wide, factor, nullptr, residual.data(), z, c.mean.data(),
+                                 c.centred.data(), grad.mutable_data()},
+                                serial);
+  return grad;
+}
+
+py::array scale_rows(
+    const py::array& unit_grad,
+    const py::array_t<double, py::array::c_style | py::array::forcecast>& factors) {
+  matrix(unit_grad, -1, -1);
+  check_saved(unit_grad);
+  const int64_t N = unit_grad.shape(0), K = unit_grad.shape(1);
+  if (factors.ndim() != 1 || (factors.shape(0) != 1 && factors.shape(0) != N)) {
+    throw py::value_error("pycdgkd._C: expected one factor, or one a row");
+  }
+  const bool wide = is_wide(unit_grad);
+  py::array grad = arithmetic_array(wide, {N, K});
+  cpu::kernels().scale_rows({N, K, wide, factors.data(), factors.shape(0) == 1 ? 0 : 1,
+                             unit_grad.data(), grad.mutable_data(), dtype_of(grad)},
+                            serial);
   return grad;
 }
 
@@ -183,15 +241,21 @@ PYBIND11_MODULE(_C, m) {
   py::module_ k = m.def_submodule("kernels", "Each kernel on NumPy arrays, on one thread.");
   k.def("class_prototypes", &class_prototypes, py::arg("features"), py::arg("classes"),
         py::arg("num_classes"), "Eq. 1 -> (means (K, D), counts (K,)).");
+  k.def("class_prototypes_backward", &class_prototypes_backward, py::arg("grad_prototypes"),
+        py::arg("classes"), "-> gradient of the features (N, D).");
   k.def("prototype_loss", &prototype_loss, py::arg("features"), py::arg("prototypes"),
         py::arg("classes"), py::arg("scale") = 1.0,
         "Eqs. 2-4 -> (sum of losses, true_prob (N,), residual (N, K)).");
   k.def("prototype_loss_backward", &prototype_loss_backward, py::arg("residual"),
         py::arg("prototypes"), py::arg("factor"), "-> gradient of the features (N, D).");
+  k.def("prototype_grad", &prototype_grad, py::arg("residual"), py::arg("features"),
+        py::arg("prototypes"), py::arg("factor"), "-> gradient of the prototypes (K, D).");
   k.def("distillation_loss", &distillation_loss, py::arg("logits"), py::arg("sources"),
         py::arg("classes"), py::arg("weights"), py::arg("kd_weight") = 0.5,
         py::arg("temperature") = 2.0, py::arg("reverse") = true,
         "Eq. 9 -> (cross_entropy, kl, gradient of the logits (N, K)).");
+  k.def("scale_rows", &scale_rows, py::arg("unit_grad"), py::arg("factors"),
+        "-> the gradient (N, K) times one factor, or one a row.");
   k.def("exp", &exp_array<float>, py::arg("x").noconvert(), "The kernels' own exponential.");
   k.def("exp", &exp_array<double>, py::arg("x").noconvert());
 }

@@ -12,6 +12,10 @@ class kernels:
         features: NDArray[Any], classes: NDArray[np.int32], num_classes: int
     ) -> tuple[NDArray[Any], NDArray[np.int64]]: ...
     @staticmethod
+    def class_prototypes_backward(
+        grad_prototypes: NDArray[Any], classes: NDArray[np.int32]
+    ) -> NDArray[Any]: ...
+    @staticmethod
     def prototype_loss(
         features: NDArray[Any],
         prototypes: NDArray[Any],
@@ -23,6 +27,10 @@ class kernels:
         residual: NDArray[Any], prototypes: NDArray[Any], factor: float
     ) -> NDArray[Any]: ...
     @staticmethod
+    def prototype_grad(
+        residual: NDArray[Any], features: NDArray[Any], prototypes: NDArray[Any], factor: float
+    ) -> NDArray[Any]: ...
+    @staticmethod
     def distillation_loss(
         logits: NDArray[Any],
         sources: Sequence[NDArray[Any]],
@@ -32,5 +40,7 @@ class kernels:
         temperature: float = 2.0,
         reverse: bool = True,
     ) -> tuple[float, float, NDArray[Any]]: ...
+    @staticmethod
+    def scale_rows(unit_grad: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[Any]: ...
     @staticmethod
     def exp(x: NDArray[Any]) -> NDArray[Any]: ...

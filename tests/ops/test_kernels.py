@@ -42,6 +42,37 @@ def test_prototype_kernels_equal_the_ops(dtype: torch.dtype) -> None:
     same(kernels.prototype_loss_backward(residual, c, factor=1.0).astype(z.dtype), grad)
 
 
+@pytest.mark.parametrize("dtype", NUMPY_TYPES[:2])
+def test_backward_kernels_equal_the_gradients_of_the_ops(dtype: torch.dtype) -> None:
+    labels = make_labels(37, 4)
+    labels[5] = -1
+    prototypes = make_prototypes(4, 21, dtype=dtype)
+    features = make_features(prototypes, labels)
+    z, c, classes = features.numpy(), prototypes.numpy(), labels.int().numpy()
+
+    leaf = features.clone().requires_grad_()
+    means = pycdgkd.class_prototypes(leaf, labels, 4, ignore_index=-1).prototypes
+    (grad,) = torch.autograd.grad(means, leaf, prototypes)
+    same(kernels.class_prototypes_backward(c, classes), grad)
+
+    leaf = prototypes.clone().requires_grad_()
+    loss = pycdgkd.prototype_loss(features, leaf, labels, reduction="sum", ignore_index=-1).loss
+    _, _, residual = kernels.prototype_loss(z, c, classes)
+    same(kernels.prototype_grad(residual, z, c, factor=2.0), torch.autograd.grad(loss, leaf)[0])
+
+    logits, source = make_logits(9, 5, dtype=dtype), make_logits(9, 5, dtype=dtype)
+    leaf = logits.clone().requires_grad_()
+    rows = pycdgkd.multi_source_kl(leaf, [source], temperature=2.0, reduction="none")
+    factors = torch.linspace(-1, 1, 9, dtype=dtype)
+    _, _, unit = kernels.distillation_loss(
+        logits.numpy(), [source.numpy()], None, [1.0], kd_weight=1.0
+    )
+    scaled = kernels.scale_rows(unit, 9.0 * factors.double().numpy())
+    expected = torch.autograd.grad(rows, leaf, factors)[0]
+    torch.testing.assert_close(torch.from_numpy(scaled), expected, rtol=1e-5, atol=1e-9)
+    assert np.array_equal(kernels.scale_rows(unit, np.array([2.0])), 2 * unit)
+
+
 @pytest.mark.parametrize("dtype", NUMPY_TYPES)
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_distillation_kernel_equals_the_op(dtype: torch.dtype, direction: str) -> None:
@@ -94,7 +125,7 @@ def test_strided_arrays() -> None:
         (
             lambda x, _: kernels.prototype_loss_backward(x.astype(np.float16), x[:3], 1),
             ValueError,
-            "residual must be contiguous float32 or float64",
+            "contiguous float32 or float64 array",
         ),
         (lambda x, _: kernels.prototype_loss_backward(x.T, x[:3], 1), ValueError, "2-D|contig"),
         (lambda x, _: kernels.distillation_loss(x, [x], None, []), ValueError, "one weight"),

@@ -10,6 +10,8 @@ import torch
 from cases import assert_same_bits, make_logits
 from scenarios import LOSSES, WIDTHS, K, N, inputs, run, with_grad
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pycdgkd
 
@@ -73,6 +75,34 @@ def test_nothing_is_saved_where_no_gradient_is_wanted(name: str) -> None:
     with torch.inference_mode():
         inference = loss(inputs())
     assert_same_bits([quiet, inference], [run(name)[0]] * 2)
+
+
+class Outputs(TorchDispatchMode):
+    """Remembers what the ops of this library return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "pycdgkd":
+            self.tensors += [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        return result
+
+
+@ALL
+def test_no_gradient_is_made_where_none_is_wanted(name: str) -> None:
+    """Without a graph no (N, K) residual or gradient is formed; with one it is."""
+    loss, positions = LOSSES[name]
+    sizes = []
+    for wanted in (False, True):
+        with Outputs() as outputs, torch.set_grad_enabled(wanted):
+            loss(with_grad(inputs(), positions))
+        sizes.append(sum(t.numel() for t in outputs.tensors))
+    if name != "class_prototypes":  # keeps nothing but its inputs
+        assert sizes[1] >= sizes[0] + N * K
+    assert sizes[0] <= 2 * N + 2 * K * sum(WIDTHS)
 
 
 @ALL
