@@ -6,56 +6,12 @@
 #include <cmath>
 #include <tuple>
 
-#include "cpu_values.h"
+#include "cpu_modality.h"
 
 namespace pycdgkd {
 namespace {
 
 enum class Reduction : int64_t { none, mean, sum };
-
-// The prototypes of one modality, centred, in memory of their own.
-struct Centred {
-  Centred(const Matrix& prototypes, int64_t D, int64_t K, bool wide, double scale,
-          const std::vector<uint8_t>& active)
-      : storage(static_cast<size_t>((D + K * D + K) * (wide ? 2 : 1))) {
-    char* base = reinterpret_cast<char*>(storage.data());
-    const int64_t size = wide ? sizeof(double) : sizeof(float);
-    mean = base;
-    centred = base + D * size;
-    bias = base + (D + K * D) * size;
-    cpu::kernels().centre_prototypes(
-        {D, K, wide, scale, prototypes, active.data(), mean, centred, bias});
-  }
-  std::vector<float> storage;
-  void *mean, *centred, *bias;
-};
-
-struct ModalitySums {
-  double loss, rate;
-};
-
-ModalitySums prototype_forward(const Arguments& args, const Matrix& features, int64_t N, int64_t D,
-                               int64_t K, double scale, const Centred& c,
-                               const std::vector<int32_t>& classes, void* row_loss, void* true_prob,
-                               void* residual) {
-  std::vector<double> loss(num_blocks(N)), rate(num_blocks(N));
-  cpu::kernels().prototype_forward(
-      {N, D, K, args.wide(), scale, features, c.mean, c.centred, c.bias, classes.data(), row_loss,
-       true_prob, residual, loss.data(), rate.data()},
-      torch_threads);
-  return {sum_of(loss), sum_of(rate)};
-}
-
-Tensor residual_output(const Arguments& args, std::initializer_list<int64_t> sizes, bool wanted,
-                       const Tensor& like) {
-  return wanted ? empty(sizes, args.arithmetic(), like) : empty({0}, args.arithmetic(), like);
-}
-
-void* data_or_null(const Tensor& tensor, bool wanted) {
-  return wanted ? tensor.mutable_data_ptr() : nullptr;
-}
-
-double at_least_one(int64_t count) { return static_cast<double>(std::max<int64_t>(count, 1)); }
 
 void check_modalities(const Arguments& args, const Tensors& features, const Tensors& prototypes,
                       const char* name = "prototypes") {
@@ -158,35 +114,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_loss(const Tensor& features
   return {loss, true_prob, residual, scalar(2.0 * scale / divisor, ScalarType::Double, features)};
 }
 
-// Gradients of one modality, each made only if wanted.
-std::tuple<Tensor, Tensor> modality_backward(Arguments& args, double factor, const void* row_factor,
-                                             const void* residual, const Tensor& features,
-                                             const Tensor& prototypes,
-                                             const std::optional<Tensor>& class_counts,
-                                             bool need_features, bool need_prototypes) {
-  const Matrix z = args.matrix("features", features, -1, -1, "ND");
-  const int64_t N = features.size(0), D = features.size(1);
-  const Matrix c = args.matrix("prototypes", prototypes, -1, D, "KD");
-  const int64_t K = prototypes.size(0);
-  const Centred centred(c, D, K, args.wide(), 1.0, read_active(args, class_counts, K));
-  Tensor grad_features = need_features ? empty_like_contiguous(features)
-                                       : empty({0}, features.scalar_type(), features);
-  if (need_features) {
-    cpu::kernels().prototype_backward(
-        {N, D, K, args.wide(), factor, row_factor, residual, centred.centred,
-         grad_features.mutable_data_ptr(), dtype_of(args.op(), "features", features)},
-        torch_threads);
-  }
-  Tensor grad_prototypes = residual_output(args, {K, D}, need_prototypes, prototypes);
-  if (need_prototypes) {
-    cpu::kernels().prototype_grad(
-        {N, D, K, args.wide(), factor, row_factor, residual, z, centred.mean, centred.centred,
-         grad_prototypes.mutable_data_ptr()},
-        torch_threads);
-  }
-  return {grad_features, grad_prototypes};
-}
-
 std::tuple<Tensor, Tensor> prototype_loss_backward(const Tensor& grad_loss,
                                                    const Tensor& coefficient,
                                                    const Tensor& residual, const Tensor& features,
@@ -211,8 +138,7 @@ std::tuple<Tensor, Tensor> prototype_loss_backward(const Tensor& grad_loss,
                            prototypes, class_counts, need_features, need_prototypes);
 }
 
-// ---- convergence_rates, modality_weights
-// ----------------------------------------------------------
+// ---- convergence_rates, modality_weights --------------------------------------------------------
 
 Tensor convergence_rates(const Tensors& features, const Tensors& prototypes, const Tensor& labels,
                          const std::optional<Tensor>& class_counts, double scale,
@@ -255,8 +181,7 @@ Tensor modality_weights(const Tensor& rates) {
   return filled(weights_from(values), false, wide ? ScalarType::Double : ScalarType::Float, rates);
 }
 
-// ---- teacher_loss
-// ---------------------------------------------------------------------------------
+// ---- teacher_loss -------------------------------------------------------------------------------
 
 struct CrossEntropy {
   double sum;
@@ -335,8 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           unit_grad};
 }
 
-// ---- multi_source_kl, distillation_loss
-// -------------------------------------------------------------
+// ---- multi_source_kl, distillation_loss ---------------------------------------------------------
 
 // grad_loss (scalar or one a row) times the gradient that the forward pass left, in logits' dtype.
 Tensor scaled_gradient(const char* op, const Tensor& grad_loss, const Tensor& unit_grad,
