@@ -123,7 +123,7 @@ print(json.dumps(sorted(loaded - allowed)))
 def loaded_by(statement: str) -> set[str]:
     script = LOADED.format(statement=statement)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
     )
     return set(json.loads(done.stdout))
 
@@ -143,6 +143,6 @@ def test_public_losses_load_torch_numpy_and_the_core_alone() -> None:
 def test_importing_the_package_loads_neither_torch_nor_numpy() -> None:
     script = "import sys, pycdgkd; print(*sorted({'torch', 'numpy'} & set(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""

@@ -31,7 +31,9 @@ def run_without(module: str) -> subprocess.CompletedProcess[str]:
         f"import sys; sys.modules[{module!r}] = None; "
         "from pycdgkd.cli import main; sys.exit(main(['doctor']))"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(

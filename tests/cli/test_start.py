@@ -22,7 +22,10 @@ COMMANDS = ("demo", "prepare", "train", "evaluate", "predict", "report", "doctor
 
 def run_blocked(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", BLOCKED, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", BLOCKED, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

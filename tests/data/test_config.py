@@ -94,5 +94,7 @@ def test_configuration_and_package_import_nothing_heavy() -> None:
         "print([m for m in ('numpy','torch','mne','av','edfio','mtcnn','tensorflow') "
         "if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -171,5 +171,7 @@ def test_the_detector_never_imports_the_package_of_its_weights() -> None:
         "import sys; from pycdgkd.data import FaceDetector; FaceDetector();"
         "print('mtcnn' in sys.modules, 'tensorflow' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False", "False"]

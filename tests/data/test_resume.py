@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def kill_in_the_middle(study: Path, folder: Path) -> None:
     code = KILLED.format(config=config_to_dict(PREPARE))
-    done = subprocess.run([sys.executable, "-c", code, str(study), str(folder)], check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(study), str(folder)], check=False)
     assert done.returncode == -signal.SIGKILL
 
 

@@ -19,13 +19,17 @@ def test_presets_come_without_torch_and_numpy() -> None:
         "assert set(PRESETS) == {'paper', 'nano'}\n"
         "print([m for m in ('torch', 'numpy', 'timm', 'safetensors') if m in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_models_never_import_timm_unasked() -> None:
     code = "import sys, pycdgkd.models.networks; print('timm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 

@@ -121,7 +121,7 @@ torch.save([
 
 def run_with_isa(isa: str, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+        [sys.executable, "-P", "-c", script, *arguments],
         env={**os.environ, "PYCDGKD_ISA": isa},
         capture_output=True,
         text=True,

@@ -159,5 +159,7 @@ def test_configuration_needs_the_standard_library_only() -> None:
         "import sys; from pycdgkd.training.config import load_config; load_config(); "
         "print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -182,7 +182,15 @@ def test_ctrl_c_in_a_process_of_its_own(
         "cache, config, out = map(Path, sys.argv[1:])\n"
         "train(cache, out, load_config(config), progress=lambda s: print(s, flush=True))\n"
     )
-    command = [sys.executable, "-c", code, str(cache), str(finished[0] / "config.toml"), str(out)]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        code,
+        str(cache),
+        str(finished[0] / "config.toml"),
+        str(out),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     said = []
