@@ -114,7 +114,6 @@ void divergences(const Distillation& d, Workspace<A>& w, int64_t first, int64_t 
     add_source(d, w, static_cast<A>(d.source_weights[j]), inverse_temperature, sum);
   }
   for (int64_t r = 0; r < kLanes; ++r) row_kl[r] = lane_on[r] != A(0) ? sum.total[r] : 0.0;
-  for (int64_t at = 0; at < w.count; ++at) w.grad[at] = A(0);
   if (d.grad != nullptr && d.kl_factor != 0.0) {
     add_divergence_grad(d, w, static_cast<A>(d.kl_factor) * inverse_temperature, lane_on);
   }
