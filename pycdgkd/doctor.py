@@ -12,19 +12,17 @@ from typing import Any
 
 from . import __version__
 
-# Import name, what it is for; the names on the package index are the same but for those below.
+# The packages of the extra [train] and what each is for.
 TRAIN_PACKAGES = {
     "mne": "reading EEG",
     "edfio": "writing made-up EEG",
     "av": "reading videos",
     "mtcnn": "face detection",
-    "sklearn": "reference metrics and baselines",
     "matplotlib": "pictures",
     "jinja2": "reports",
     "rich": "live progress",
     "safetensors": "saved networks",
 }
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 TOLERANCE = 1e-4  # largest error accepted of float32 kernels, relative to the largest value
 REINSTALL = "reinstall it: pip install --force-reinstall --no-deps pycdgkd"
 
@@ -168,7 +166,7 @@ def _distillation_error() -> float:
 
 def _version(name: str) -> str | None:
     try:
-        return importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
