@@ -1,12 +1,14 @@
 """pycdgkd: cross-modal densely guided knowledge distillation with modality rebalancing.
 
 The public names below are loaded on first use, so that ``pycdgkd --help`` answers without torch.
-Touching any of them (or ``import pycdgkd.ops``) registers the ops under ``torch.ops.pycdgkd``.
+The ops under ``torch.ops.pycdgkd`` are registered by the first use of any of them, by
+``import pycdgkd.ops``, and at once where torch is imported already.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,3 +68,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if sys.modules.get("torch") is not None:  # nothing is saved by waiting
+    importlib.import_module(".ops", __name__)

@@ -121,11 +121,7 @@ print(json.dumps(sorted(loaded - allowed)))
 
 
 def loaded_by(statement: str) -> set[str]:
-    script = LOADED.format(statement=statement)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
-    )
-    return set(json.loads(done.stdout))
+    return set(json.loads(printed_by(LOADED.format(statement=statement))))
 
 
 def test_public_losses_load_torch_numpy_and_the_core_alone() -> None:
@@ -140,9 +136,19 @@ def test_public_losses_load_torch_numpy_and_the_core_alone() -> None:
     assert outside <= {"torch", "numpy"} | set(sys.stdlib_module_names)
 
 
-def test_importing_the_package_loads_neither_torch_nor_numpy() -> None:
-    script = "import sys, pycdgkd; print(*sorted({'torch', 'numpy'} & set(sys.modules)))"
+def printed_by(script: str) -> str:
     done = subprocess.run(
         [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == ""
+    return done.stdout.strip()
+
+
+def test_importing_the_package_loads_neither_torch_nor_numpy() -> None:
+    script = "import sys, pycdgkd; print(*sorted({'torch', 'numpy'} & set(sys.modules)))"
+    assert printed_by(script) == ""
+
+
+@pytest.mark.parametrize("imports", ["torch, pycdgkd", "pycdgkd.ops, torch"])
+def test_importing_the_package_registers_the_ops(imports: str) -> None:
+    script = f"import {imports}; print(torch.ops.pycdgkd.modality_weights(torch.ones(2)).tolist())"
+    assert printed_by(script) == "[0.0, 0.0]"
