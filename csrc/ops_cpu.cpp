@@ -1,5 +1,5 @@
-// The CPU side of every op: checks, allocation, launch. What each op means is said in
-// pycdgkd/ops.py.
+// The CPU side of every op: checks, allocation, launch. What the quantities mean is said in
+// pycdgkd/losses.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Every op of the library. Docstrings and gradients are in pycdgkd/ops.py, one section an op.
+// Every op of the library. Gradients are in pycdgkd/ops.py, one section an op; what the quantities
+// mean is said in pycdgkd/losses.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pycdgkd, m) {

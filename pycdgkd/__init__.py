@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import attach
 
 if TYPE_CHECKING:
     from . import data, models, ops, reference, training
@@ -52,23 +54,23 @@ __all__ = [
     "training",
 ]
 
-_SUBMODULES = frozenset({"data", "models", "ops", "reference", "training"})
-_HOMES = {"PrototypeBank": ".bank", "sample_sources": ".sampling"}  # all others: .losses
+_HOME = {
+    "ClassPrototypes": "losses",
+    "DistillationLoss": "losses",
+    "PrototypeBank": "bank",
+    "PrototypeLoss": "losses",
+    "TeacherLoss": "losses",
+    "class_prototypes": "losses",
+    "convergence_rates": "losses",
+    "distillation_loss": "losses",
+    "modality_weights": "losses",
+    "multi_source_kl": "losses",
+    "prototype_loss": "losses",
+    "sample_sources": "sampling",
+    "teacher_loss": "losses",
+}
 
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name in __all__:
-        value = getattr(importlib.import_module(_HOMES.get(name, ".losses"), __name__), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'pycdgkd' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = attach(__name__, _HOME, ("data", "models", "ops", "reference", "training"))
 
 if sys.modules.get("torch") is not None:  # nothing is saved by waiting
     importlib.import_module(".ops", __name__)

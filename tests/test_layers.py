@@ -15,7 +15,18 @@ import pycdgkd
 PACKAGE = Path(pycdgkd.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Modules that the public losses may load, and nothing else of this package.
-CORE = {"_C", "_cuda", "bank", "checks", "distributed", "errors", "losses", "ops", "sampling"}
+CORE = {
+    "_C",
+    "_cuda",
+    "bank",
+    "checks",
+    "distributed",
+    "errors",
+    "lazy",
+    "losses",
+    "ops",
+    "sampling",
+}
 
 
 def module_of(path: Path) -> str:

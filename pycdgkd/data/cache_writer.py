@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 import pycdgkd
 from pycdgkd.errors import InputError
+from pycdgkd.files import unfinished, write_text
 
 from .cache import FORMAT, JOURNAL, MANIFEST, PLAN, cache_hash, write_samples
 from .config import PrepareConfig, config_to_dict, parameter_hash
@@ -141,7 +142,7 @@ class CacheWriter:
                 _flush(file)
             os.replace(part, self.folder / f"{name}.npy")
         manifest = self._manifest(rows)
-        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for name in (PLAN, JOURNAL):
             (self.folder / name).unlink()
         return manifest
@@ -211,7 +212,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
 
 def _is_empty(folder: Path) -> bool:
     """True also when all there is is a plan that was being written when its process was killed."""
-    return all(path.name == f"{PLAN}.tmp" for path in folder.iterdir())
+    return all(path == unfinished(folder / PLAN) for path in folder.iterdir())
 
 
 def check_same(folder: Path, found: dict[str, Any], plan: Plan) -> None:
@@ -250,7 +251,7 @@ def open_writer(folder: Path, plan: Plan) -> CacheWriter:
     """Start a cache in a new folder, or resume the unfinished one that has the same plan."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).is_file():
-        write_atomically(folder / PLAN, json.dumps(plan.to_dict()) + "\n")
+        write_text(folder / PLAN, json.dumps(plan.to_dict()) + "\n")
     writer = CacheWriter(folder, plan, _read_journal(folder / JOURNAL))
     for name, (_, _, row_bytes) in _layout(plan).items():
         part, size = _part(folder, name), HEADER + writer.count * row_bytes
@@ -303,15 +304,6 @@ def _part(folder: Path, name: str) -> Path:
 def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there either whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _flush(file)
-    os.replace(temporary, path)
 
 
 def fingerprints(root: Path, files: Iterable[Path]) -> dict[str, str]:

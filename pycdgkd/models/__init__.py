@@ -5,8 +5,9 @@ Names and submodules load on first use, so that ``pycdgkd.models.presets`` comes
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pycdgkd.lazy import attach
 
 if TYPE_CHECKING:
     from . import backbones, networks, presets, pvt, tsception
@@ -49,27 +50,25 @@ __all__ = [
     "tsception",
 ]
 
-_SUBMODULES = frozenset({"backbones", "networks", "presets", "pvt", "tsception"})
-_HOMES = {
+_HOME = {
     "EEG_LEVELS": "presets",
     "PRESETS": "presets",
+    "EEGBranch": "networks",
+    "MultimodalNet": "networks",
+    "MultimodalOutput": "networks",
     "NetworkPreset": "presets",
     "PyramidVisionTransformer": "pvt",
+    "TSceptionEncoder": "tsception",
+    "VisualBranch": "networks",
+    "VisualNet": "networks",
+    "VisualOutput": "networks",
+    "build_multimodal": "networks",
+    "build_visual": "networks",
+    "load_frame_encoder_weights": "networks",
     "pvt_small": "pvt",
     "pvt_tiny": "pvt",
-    "TSceptionEncoder": "tsception",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name in __all__:
-        home = importlib.import_module(f".{_HOMES.get(name, 'networks')}", __name__)
-        value = globals()[name] = getattr(home, name)
-        return value
-    raise AttributeError(f"module 'pycdgkd.models' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(
+    __name__, _HOME, ("backbones", "networks", "presets", "pvt", "tsception")
+)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pycdgkd.errors import InputError, require
+from pycdgkd.files import write_atomically
 
 if TYPE_CHECKING:
     from .inference import Network
@@ -24,23 +24,6 @@ _REQUIRED = frozenset(
     {"role", "preset", "level", "num_classes", "n_chans", "n_times", "sfreq", "img_size"}
     | {"backbone", "label", "split_hash", "cache_hash"}
 )
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it and move it into place.
-
-    A killed process leaves the old file or the new one, never half of one.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:

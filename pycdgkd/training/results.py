@@ -14,10 +14,11 @@ from torch import Tensor
 import pycdgkd
 from pycdgkd.data.splits import trial_keys
 from pycdgkd.errors import InputError
+from pycdgkd.files import write_atomically, write_text
 
 from . import metrics
 from .chain import Chain
-from .checkpoint import load_network, write_atomically, write_text
+from .checkpoint import load_network
 from .inference import network_logits, probabilities
 from .recordings import NUM_CLASSES
 from .task import FitState, check_identity

@@ -8,9 +8,9 @@ from typing import Any
 from pycdgkd.data.cache import Cache
 from pycdgkd.data.splits import Split, trial_split
 from pycdgkd.errors import InputError
+from pycdgkd.files import write_atomically, write_text
 
 from .chain import NO_PART_OF_IDENTITY, Chain
-from .checkpoint import write_atomically, write_text
 from .config import TrainConfig, config_differences, load_config, to_toml
 from .environment import Progress, loss_device, reproducible, resolve_device
 from .recordings import Recordings, require_all_classes

@@ -60,7 +60,7 @@ def test_killed_torn_and_resumed(study: Path, cache_folder: Path, tmp_path: Path
     assert contents(folder) == contents(cache_folder)
 
 
-@pytest.mark.parametrize("left", ["plan.json.tmp", "plan.json", "video.npy.part"])
+@pytest.mark.parametrize("left", [".plan.json.part", "plan.json", "video.npy.part"])
 def test_killed_before_the_first_trial(
     study: Path, cache_folder: Path, tmp_path: Path, left: str
 ) -> None:
@@ -75,8 +75,8 @@ def test_killed_before_the_first_trial(
     (folder / "eeg.npy.part").unlink()
     if left != "video.npy.part":
         (folder / "video.npy.part").unlink()
-    if left == "plan.json.tmp":
-        (folder / "plan.json").rename(folder / "plan.json.tmp")
+    if left == ".plan.json.part":
+        (folder / "plan.json").rename(folder / ".plan.json.part")
     assert prepare(study, folder, PREPARE).resumed_trials == 0
     assert contents(folder) == contents(cache_folder)
 
@@ -85,7 +85,7 @@ def test_stopped_while_finishing(
     study: Path, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "cache"
-    real = cache_writer.write_atomically
+    real = cache_writer.write_text
 
     def stop_at_manifest(path: Path, text: str) -> None:
         if path.name == "manifest.json":
@@ -93,7 +93,7 @@ def test_stopped_while_finishing(
         real(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, "write_atomically", stop_at_manifest)
+        patch.setattr(cache_writer, "write_text", stop_at_manifest)
         with pytest.raises(KeyboardInterrupt):
             prepare(study, folder, PREPARE)
     assert not (folder / "manifest.json").exists()

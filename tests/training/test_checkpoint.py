@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from pycdgkd.data.cache import Cache
 from pycdgkd.data.splits import Split
 from pycdgkd.errors import InputError
+from pycdgkd.files import write_atomically
 from pycdgkd.models.networks import MultimodalNet, VisualNet
-from pycdgkd.training.checkpoint import load_network, save_network, write_atomically
+from pycdgkd.training.checkpoint import load_network, save_network
 from pycdgkd.training.logs import CsvLog
 from pycdgkd.training.recordings import eeg_statistics
 
