@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pycdgkd.files import write_text
+
 __all__ = ["write_report"]
 
 NAME = "report.html"
@@ -19,7 +21,5 @@ def write_report(run: Path, path: Path | None = None) -> Path:
 
     text = render(run)
     target = run / NAME if path is None else path
-    draft = target.with_name(target.name + ".partial")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(target)
+    write_text(target, text)
     return target
