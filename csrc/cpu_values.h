@@ -6,12 +6,16 @@
 #include <string>
 #include <vector>
 
+#include "cpu_memory.h"
 #include "row_math.h"
-#include "tensors.h"
 
 namespace pycdgkd {
 
 inline void torch_threads(int64_t count, int64_t grain, RangeBody body, void* context) {
+  if (count <= grain) {
+    if (count > 0) body(0, count, context);
+    return;
+  }
   torch::stable::parallel_for(0, count, grain,
                               [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
@@ -20,6 +24,10 @@ inline double sum_of(const std::vector<double>& values) {
   double sum = 0.0;
   for (const double value : values) sum += value;
   return sum;
+}
+
+inline double at_least_one(int64_t count) {
+  return static_cast<double>(std::max<int64_t>(count, 1));
 }
 
 // Element i of a 1-D (or 0-D) floating tensor.
@@ -41,23 +49,29 @@ inline double value_at(const Tensor& tensor, int64_t i) {
   }
 }
 
-// A 1-D or 0-D output filled from doubles.
-inline Tensor filled(const std::vector<double>& values, bool scalar, ScalarType type,
-                     const Tensor& like) {
-  const auto count = static_cast<int64_t>(values.size());
-  Tensor out = scalar ? empty({}, type, like) : empty({count}, type, like);
+inline void fill(Tensor& out, const double* values, int64_t count) {
+  void* data = out.mutable_data_ptr();
   for (int64_t i = 0; i < count; ++i) {
-    if (type == ScalarType::Double) {
-      static_cast<double*>(out.mutable_data_ptr())[i] = values[i];
+    if (out.scalar_type() == ScalarType::Double) {
+      static_cast<double*>(data)[i] = values[i];
     } else {
-      static_cast<float*>(out.mutable_data_ptr())[i] = static_cast<float>(values[i]);
+      static_cast<float*>(data)[i] = static_cast<float>(values[i]);
     }
   }
+}
+
+// A 1-D output filled from doubles.
+inline Tensor filled(const std::vector<double>& values, ScalarType type) {
+  const auto count = static_cast<int64_t>(values.size());
+  Tensor out = empty({count}, type);
+  fill(out, values.data(), count);
   return out;
 }
 
-inline Tensor scalar(double value, ScalarType type, const Tensor& like) {
-  return filled({value}, true, type, like);
+inline Tensor scalar(double value, ScalarType type) {
+  Tensor out = empty({}, type);
+  fill(out, &value, 1);
+  return out;
 }
 
 template <class Integer>
@@ -81,10 +95,12 @@ void read_labels(const Arguments& args, const Tensor& labels, int64_t K, int64_t
 // Class of each row, -1 where it is ignored.
 inline std::vector<int32_t> read_classes(const Arguments& args, const Tensor& labels, int64_t N,
                                          int64_t K, int64_t ignore_index) {
-  args.check(labels.dim() == 1 && labels.size(0) == N, "labels",
-             "shape (" + std::to_string(N) + ",)", describe(labels));
-  args.check(K >= 1 && K <= std::numeric_limits<int32_t>::max() / 2, "number of classes",
-             "at least 1 and below 2^30", std::to_string(K));
+  if (labels.dim() != 1 || labels.size(0) != N) {
+    fail(args.op(), "labels", "shape (" + std::to_string(N) + ",)", describe(labels));
+  }
+  if (K < 1 || K > std::numeric_limits<int32_t>::max() / 2) {
+    fail(args.op(), "number of classes", "at least 1 and below 2^30", std::to_string(K));
+  }
   std::vector<int32_t> classes(static_cast<size_t>(N));
   switch (labels.scalar_type()) {
     case ScalarType::Long:
@@ -106,14 +122,22 @@ inline int64_t count_rows(const std::vector<int32_t>& classes) {
   return std::count_if(classes.begin(), classes.end(), [](int32_t c) { return c >= 0; });
 }
 
+inline void count_classes(const std::vector<int32_t>& classes, int64_t K, int64_t* counts) {
+  std::fill(counts, counts + K, 0);
+  for (const int32_t c : classes) {
+    if (c >= 0) ++counts[c];
+  }
+}
+
 // Which classes take part: all, or those with a count above zero.
 inline std::vector<uint8_t> read_active(const Arguments& args, const std::optional<Tensor>& counts,
                                         int64_t K) {
   std::vector<uint8_t> active(static_cast<size_t>(K), 1);
   if (!counts.has_value()) return active;
-  args.check(
-      counts->dim() == 1 && counts->size(0) == K && counts->scalar_type() == ScalarType::Long,
-      "class_counts", "int64 of shape (" + std::to_string(K) + ",)", describe(*counts));
+  if (counts->dim() != 1 || counts->size(0) != K || counts->scalar_type() != ScalarType::Long) {
+    fail(args.op(), "class_counts", "int64 of shape (" + std::to_string(K) + ",)",
+         describe(*counts));
+  }
   const auto* data = static_cast<const int64_t*>(counts->const_data_ptr());
   for (int64_t k = 0; k < K; ++k) active[k] = data[k * counts->stride(0)] > 0;
   return active;
@@ -124,6 +148,36 @@ inline std::vector<int32_t> active_classes(std::vector<int32_t> classes,
                                            const std::vector<uint8_t>& active) {
   for (int32_t& c : classes) c = c >= 0 && active[c] ? c : -1;
   return classes;
+}
+
+// Eq. 6.
+inline std::vector<double> weights_from(const std::vector<double>& rates) {
+  double largest = rates[0];
+  for (const double rate : rates) largest = rate > largest || rate != rate ? rate : largest;
+  std::vector<double> weights;
+  for (const double rate : rates) weights.push_back(baseline::modality_weight(largest, rate));
+  return weights;
+}
+
+// grad_loss (scalar or one a row) times the gradient that the forward pass left, in logits' dtype.
+inline Tensor scaled_gradient(const char* op, const Tensor& grad_loss, const Tensor& unit_grad,
+                              const Tensor& logits) {
+  Arguments args(op);
+  args.matrix("logits", logits, -1, -1);
+  const int64_t N = logits.size(0), K = logits.size(1);
+  args.saved("unit_grad", unit_grad, {N, K}, args.arithmetic());
+  args.grad_loss(grad_loss, N);
+  Tensor grad = empty_like_contiguous(logits);
+  const bool rows = grad_loss.dim() > 0;
+  std::vector<double> factors(static_cast<size_t>(rows ? N : 1));
+  for (size_t i = 0; i < factors.size(); ++i) {
+    factors[i] = value_at(grad_loss, static_cast<int64_t>(i));
+  }
+  cpu::kernels().scale_rows(
+      {N, K, args.wide(), factors.data(), rows ? 1 : 0, unit_grad.const_data_ptr(),
+       grad.mutable_data_ptr(), dtype_of(op, "logits", logits)},
+      torch_threads);
+  return grad;
 }
 
 }  // namespace pycdgkd

@@ -48,16 +48,23 @@ struct ClassMeansBackward {
   Dtype grad_dtype;
 };
 
-// Prototypes moved to the mean of the active ones: distances do not change, cancellation does.
+// Prototypes moved to the mean of the active ones: distances do not change, cancellation does. They
+// lie in one array of A: the mean (width(D)), then the K rows c_k - mean (width(D) each, zeros for
+// absent classes), then, of two classes, the difference of the rows, and at last the bias (K,):
+// -scale |c_k - mean|^2, -inf for absent classes. Rows are padded with zeros to whole vectors.
+inline constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+inline constexpr int64_t centred_rows(int64_t K) { return K == 2 ? 3 : K; }
+inline constexpr int64_t centred_size(int64_t D, int64_t K) {
+  return (1 + centred_rows(K)) * padded(D) + padded(K);
+}
+
 struct CentrePrototypes {
   int64_t D, K;
   bool wide;
   double scale;
   Matrix prototypes;
   const uint8_t* active;  // (K,)
-  void* mean;             // (D,)
-  void* centred;          // (K, D), zero rows for absent classes
-  void* bias;             // (K,): -scale |c_k - mean|^2, -inf for absent classes
+  void* centred;          // (centred_size(D, K),)
 };
 
 // Eqs. 2-4 for one modality.
@@ -66,9 +73,7 @@ struct PrototypeForward {
   bool wide;
   double scale;
   Matrix features;
-  const void* mean;
   const void* centred;
-  const void* bias;
   const int32_t* classes;  // (N,), negative: the row takes no part
   void* row_loss;          // (N,)
   void* true_prob;         // (N,)
@@ -97,9 +102,33 @@ struct PrototypeGrad {
   const void* row_factor;
   const void* residual;
   Matrix features;
-  const void* mean;
   const void* centred;
   void* grad;  // (K, D)
+};
+
+// For many classes the products with all prototypes come from a matrix product, a block of rows at
+// a time. First the block's operand z - mean, then its softmax.
+struct CentreRows {
+  int64_t N, D;
+  bool wide;
+  Matrix features;
+  const void* mean;
+  void* rows;  // (N, D)
+};
+
+// Eqs. 2-4 from `products` = (z - mean) (c - mean)^T, which is overwritten by row_factor_i (P - Y).
+struct SoftmaxRows {
+  int64_t N, K;
+  bool wide;
+  double scale;
+  const void* bias;
+  const int32_t* classes;  // (N,), negative: the row takes no part
+  const void* row_factor;  // (N,) or null for 1
+  void* products;          // (N, K)
+  void* row_loss;          // (N,)
+  void* true_prob;         // (N,)
+  double* loss;            // their sums
+  double* rate;
 };
 
 // Eq. 9: cross-entropy at temperature 1 and the weighted divergences to S sources. With S = 0 it is
@@ -140,6 +169,8 @@ struct Kernels {
   void (*prototype_forward)(const PrototypeForward&, ParallelFor);
   void (*prototype_backward)(const PrototypeBackward&, ParallelFor);
   void (*prototype_grad)(const PrototypeGrad&, ParallelFor);
+  void (*centre_rows)(const CentreRows&);
+  void (*softmax_rows)(const SoftmaxRows&);
   void (*distillation)(const Distillation&, ParallelFor);
   void (*scale_rows)(const ScaleRows&, ParallelFor);
   void (*exp_float)(const float* x, float* y, int64_t count);

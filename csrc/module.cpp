@@ -106,15 +106,13 @@ py::array class_prototypes_backward(const py::array& grad_prototypes, const Clas
 struct Centred {
   Centred(const py::array& prototypes, double scale, bool wide)
       : active(static_cast<size_t>(prototypes.shape(0)), 1),
-        mean(arithmetic_array(wide, {prototypes.shape(1)})),
-        centred(arithmetic_array(wide, {prototypes.shape(0), prototypes.shape(1)})),
-        bias(arithmetic_array(wide, {prototypes.shape(0)})) {
-    cpu::kernels().centre_prototypes(
-        {prototypes.shape(1), prototypes.shape(0), wide, scale, matrix(prototypes, -1, -1),
-         active.data(), mean.mutable_data(), centred.mutable_data(), bias.mutable_data()});
+        array(arithmetic_array(wide, {centred_size(prototypes.shape(1), prototypes.shape(0))})) {
+    cpu::kernels().centre_prototypes({prototypes.shape(1), prototypes.shape(0), wide, scale,
+                                      matrix(prototypes, -1, -1), active.data(),
+                                      array.mutable_data()});
   }
   std::vector<uint8_t> active;
-  py::array mean, centred, bias;
+  py::array array;
 };
 
 py::tuple prototype_loss(const py::array& features, const py::array& prototypes,
@@ -130,8 +128,8 @@ py::tuple prototype_loss(const py::array& features, const py::array& prototypes,
   py::array residual = arithmetic_array(wide, {N, K});
   std::vector<double> loss(num_blocks(N)), rate(num_blocks(N));
   cpu::kernels().prototype_forward(
-      {N, D, K, wide, scale, z, c.mean.data(), c.centred.data(), c.bias.data(), classes.data(),
-       nullptr, true_prob.mutable_data(), residual.mutable_data(), loss.data(), rate.data()},
+      {N, D, K, wide, scale, z, c.array.data(), classes.data(), nullptr, true_prob.mutable_data(),
+       residual.mutable_data(), loss.data(), rate.data()},
       serial);
   return py::make_tuple(sum_of(loss), true_prob, residual);
 }
@@ -147,7 +145,7 @@ py::array prototype_loss_backward(const py::array& residual, const py::array& pr
   Centred c(prototypes, 1.0, wide);
   py::array grad = arithmetic_array(wide, {N, D});
   cpu::kernels().prototype_backward({N, D, K, wide, factor, nullptr, residual.data(),
-                                     c.centred.data(), grad.mutable_data(), dtype_of(grad)},
+                                     c.array.data(), grad.mutable_data(), dtype_of(grad)},
                                     serial);
   return grad;
 }
@@ -163,9 +161,9 @@ py::array prototype_grad(const py::array& residual, const py::array& features,
   const bool wide = is_wide(residual);
   Centred c(prototypes, 1.0, wide);
   py::array grad = arithmetic_array(wide, {K, D});
-  cpu::kernels().prototype_grad({N, D, K, wide, factor, nullptr, residual.data(), z, c.mean.data(),
-                                 c.centred.data(), grad.mutable_data()},
-                                serial);
+  cpu::kernels().prototype_grad(
+      {N, D, K, wide, factor, nullptr, residual.data(), z, c.array.data(), grad.mutable_data()},
+      serial);
   return grad;
 }
 

@@ -12,28 +12,29 @@ STABLE_TORCH_LIBRARY(pycdgkd, m) {
 
   m.def(
       "prototype_loss(Tensor features, Tensor prototypes, Tensor labels, Tensor? class_counts,"
-      " float scale, int reduction, int ignore_index, bool need_grad)"
-      " -> (Tensor loss, Tensor true_prob, Tensor residual, Tensor coefficient)");
+      " float scale, int reduction, int ignore_index, bool need_features, bool need_prototypes)"
+      " -> (Tensor loss, Tensor true_prob, Tensor[] saved)");
   m.def(
-      "prototype_loss_backward(Tensor grad_loss, Tensor coefficient, Tensor residual,"
-      " Tensor features, Tensor prototypes, Tensor? class_counts, bool need_features,"
-      " bool need_prototypes) -> (Tensor grad_features, Tensor grad_prototypes)");
+      "prototype_loss_backward(Tensor grad_loss, Tensor[] saved, Tensor features,"
+      " Tensor prototypes, Tensor labels, Tensor? class_counts, float scale, int reduction,"
+      " int ignore_index, bool need_features, bool need_prototypes)"
+      " -> (Tensor grad_features, Tensor grad_prototypes)");
 
   m.def(
       "convergence_rates(Tensor[] features, Tensor[] prototypes, Tensor labels,"
       " Tensor? class_counts, float scale, int ignore_index) -> Tensor");
   m.def("modality_weights(Tensor convergence_rates) -> Tensor");
 
+  // Without prototypes: the class means of this batch.
   m.def(
       "teacher_loss(Tensor logits, Tensor[] features, Tensor[] prototypes, Tensor labels,"
       " Tensor? class_counts, float proto_weight, float scale, int ignore_index, bool need_grad)"
       " -> (Tensor loss, Tensor cross_entropy, Tensor prototype_losses, Tensor convergence_rates,"
-      " Tensor modality_weights, Tensor statistics, Tensor coefficients, Tensor residuals,"
-      " Tensor unit_grad_logits)");
+      " Tensor modality_weights, Tensor statistics, Tensor centred, Tensor residuals)");
   m.def(
-      "teacher_loss_backward(Tensor grad_loss, Tensor coefficients, Tensor residuals,"
-      " Tensor unit_grad_logits, Tensor logits, Tensor[] features, Tensor[] prototypes,"
-      " Tensor? class_counts, bool need_prototypes)"
+      "teacher_loss_backward(Tensor grad_loss, Tensor statistics, Tensor centred,"
+      " Tensor residuals, Tensor logits, Tensor[] features, Tensor labels, Tensor? class_counts,"
+      " float scale, int ignore_index, bool need_prototypes)"
       " -> (Tensor grad_logits, Tensor[] grad_features, Tensor[] grad_prototypes)");
 
   m.def(

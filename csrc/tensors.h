@@ -98,26 +98,20 @@ class Arguments {
              ScalarType type) const {
     bool fits = tensor.scalar_type() == type && tensor.is_contiguous() &&
                 tensor.dim() == static_cast<int64_t>(sizes.size());
-    std::string shape;
     int64_t d = 0;
-    for (const int64_t size : sizes) {
-      fits = fits && tensor.size(d) == size;
-      shape += (d++ > 0 ? ", " : "") + std::to_string(size);
-    }
-    check(fits, name, "what the forward op left: " + name_of(type) + " of shape (" + shape + ")",
-          describe(tensor));
+    for (const int64_t size : sizes) fits = fits && tensor.size(d++) == size;
+    if (fits) return;
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    fail(op_, name, "what the forward op left: " + name_of(type) + " of shape (" + shape + ")",
+         describe(tensor));
   }
 
   // The gradient of a loss: a scalar, or one value a row.
   void grad_loss(const Tensor& tensor, int64_t rows) const {
     dtype_of(op_, "grad_loss", tensor);
-    check(tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == rows), "grad_loss",
-          "a scalar or shape (" + std::to_string(rows) + ",)", describe(tensor));
-  }
-
-  void check(bool condition, const std::string& argument, const std::string& expected,
-             const std::string& got) const {
-    if (!condition) fail(op_, argument, expected, got);
+    if (tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == rows)) return;
+    fail(op_, "grad_loss", "a scalar or shape (" + std::to_string(rows) + ",)", describe(tensor));
   }
 
  private:
@@ -135,12 +129,19 @@ class Arguments {
   std::optional<bool> wide_;
 };
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
+inline void check_modalities(const Arguments& args, const Tensors& features,
+                             const Tensors& prototypes, const char* name = "prototypes") {
+  if (features.empty()) fail(args.op(), "features", "at least one modality", "none");
+  if (prototypes.size() != features.size()) {
+    fail(args.op(), name, "as many tensors as features (" + std::to_string(features.size()) + ")",
+         std::to_string(prototypes.size()));
+  }
 }
 
-inline Tensor empty_like_contiguous(const Tensor& like) {
-  return torch::stable::new_empty(like, like.sizes());
+inline int64_t rows_of(const Arguments& args, const std::string& name, const Tensor& tensor,
+                       const char* shape) {
+  if (tensor.dim() != 2) fail(args.op(), name, shape, describe(tensor));
+  return tensor.size(0);
 }
 
 }  // namespace pycdgkd

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops import _teacher_loss_grads
+from .ops import _TeacherLoss
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -46,26 +46,32 @@ def all_reduce_class_means(
 class _GlobalTeacherLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, modalities: int, options: Any, group: Any, logits: Tensor, *rest: Tensor
+        ctx: Any,
+        group: Any,
+        modalities: int,
+        options: tuple[Any, ...],
+        labels: Tensor,
+        counts: Tensor | None,
+        logits: Tensor,
+        *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        labels, counts, proto_weight, scale, ignore_index, need_grad = options
         features, prototypes = list(rest[:modalities]), list(rest[modalities:])
-        *_, statistics, coefficients, residuals, unit_grad = torch.ops.pycdgkd.teacher_loss(
-            logits, features, prototypes, labels, counts, proto_weight, scale, ignore_index,
-            need_grad,
-        )  # fmt: skip
-        local_rows = statistics[1].clamp(min=1)
-        dist.all_reduce(statistics, group=group)
-        outputs, weights = _combine(statistics, modalities, proto_weight)
+        *_, statistics, centred, residuals = torch.ops.pycdgkd.teacher_loss(
+            logits, features, prototypes, labels, counts, *options
+        )
+        sums, coefficients = statistics.split([3 + 2 * modalities, 1 + modalities])
+        local_rows = sums[1].clamp(min=1)
+        dist.all_reduce(sums, group=group)
+        proto_weight, scale, *_ = options
+        outputs, weights = _combine(sums, modalities, proto_weight)
         # The op divided the logits' gradient by this rank's rows; both parts want the global
         # divisor, times the world size that the mean over ranks will take away again.
         world = dist.get_world_size(group)
-        coefficients[0] = world * local_rows / statistics[1].clamp(min=1)
-        coefficients[1:] = world * proto_weight * 2 * scale * weights / statistics[2].clamp(min=1)
-        ctx.need_grad, ctx.modalities = need_grad, modalities
-        ctx.save_for_backward(
-            coefficients, residuals, unit_grad, logits, counts, *features, *prototypes
-        )
+        coefficients[0] = world * local_rows / sums[1].clamp(min=1)
+        coefficients[1:] = world * proto_weight * 2 * scale * weights / sums[2].clamp(min=1)
+        ctx.options, ctx.prototypes = options, len(prototypes)
+        ctx.need_prototypes = any(ctx.needs_input_grad[6 + modalities :])
+        ctx.save_for_backward(statistics, centred, residuals, labels, counts, logits, *features)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         results = tuple(output.to(dtype) for output in outputs)
         ctx.mark_non_differentiable(*results[1:])
@@ -73,10 +79,7 @@ class _GlobalTeacherLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        grad_logits, grad_features, grad_prototypes = _teacher_loss_grads(ctx, grad_loss)
-        return (
-            None, None, None, grad_logits, *grad_features, *grad_prototypes[: ctx.modalities],
-        )  # fmt: skip
+        return None, *_TeacherLoss.backward(ctx, grad_loss)
 
 
 def _combine(
@@ -98,8 +101,8 @@ def _combine(
 
 def global_teacher_loss(arguments: tuple[Any, ...], group: Any) -> tuple[Tensor, ...]:
     """``teacher_loss`` over the global batch; arguments as the op takes them."""
-    logits, features, prototypes, *options = arguments
+    logits, features, prototypes, labels, counts, *options = arguments
     outputs = _GlobalTeacherLoss.apply(
-        len(features), options, group, logits, *features, *prototypes
+        group, len(features), tuple(options), labels, counts, logits, *features, *prototypes
     )
     return tuple(outputs)

@@ -106,7 +106,7 @@ def prototype_loss(
     """
     check("prototype_loss", "scale", scale, 0 < scale < math.inf, "a finite number above 0")
     check_choice("prototype_loss", "reduction", reduction, ops.REDUCTIONS)
-    loss, true_prob, _, _ = _ops.prototype_loss(
+    loss, true_prob, _ = _implementation().prototype_loss(
         features,
         prototypes,
         labels,
@@ -114,7 +114,8 @@ def prototype_loss(
         scale,
         ops.REDUCTIONS[reduction],
         ignore_index,
-        _need_grad(features, prototypes),
+        _need_grad(features),
+        _need_grad(prototypes),
     )
     return PrototypeLoss(loss, true_prob)
 
@@ -177,8 +178,8 @@ def teacher_loss(
 ) -> TeacherLoss:
     """The rebalanced teacher's loss (Eq. 5): (1 - alpha) CE + alpha sum_m lambda_m L_proto^m.
 
-    One op forward and one backward for all modalities (batch means take one more forward op, and
-    one more backward if they are not detached). lambda is never differentiated.
+    One op forward and one backward for all modalities (batch means that are not detached take one
+    more each way). lambda is never differentiated.
 
     Args:
         logits: (N, K) of the fused classifier.
@@ -213,11 +214,17 @@ def teacher_loss(
                 f"pycdgkd.{name}: class_counts: expected None beside prototypes=None (the batch's "
                 "own counts are used), got a tensor"
             )
-        means_of = [z.detach() for z in features] if detach_prototypes else features
-        given, counts = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
+        if process_group is not None or not detach_prototypes:
+            means_of = [z.detach() for z in features] if detach_prototypes else features
+            given, counts = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
         if process_group is not None:
             given, counts = all_reduce_class_means(given, counts, process_group)
-    if detach_prototypes:
+    elif not given:
+        raise RuntimeError(
+            f"pycdgkd.{name}: prototypes: expected as many tensors as features "
+            f"({len(features)}), got 0"
+        )
+    elif detach_prototypes:
         given = [c.detach() for c in given]
     arguments = (
         logits, features, given, labels, counts, proto_weight, scale, ignore_index,
@@ -225,7 +232,7 @@ def teacher_loss(
     )  # fmt: skip
     if process_group is not None:
         return TeacherLoss(*global_teacher_loss(arguments, process_group))
-    return TeacherLoss(*_ops.teacher_loss(*arguments)[:5])
+    return TeacherLoss(*_implementation().teacher_loss(*arguments)[:5])
 
 
 def multi_source_kl(
@@ -257,7 +264,7 @@ def multi_source_kl(
     name = "multi_source_kl"
     check_choice(name, "reduction", reduction, ops.REDUCTIONS)
     source_list = _sources(name, sources, source_weights, temperature, direction)
-    loss, _ = _ops.multi_source_kl(
+    loss, _ = _implementation().multi_source_kl(
         logits,
         source_list,
         source_weights,
@@ -300,7 +307,7 @@ def distillation_loss(
     finite = -math.inf < temperature_power < math.inf
     check(name, "temperature_power", temperature_power, finite, "a finite number")
     source_list = _sources(name, sources, source_weights, temperature, direction)
-    outputs = _ops.distillation_loss(
+    outputs = _implementation().distillation_loss(
         logits,
         source_list,
         labels,
@@ -313,6 +320,11 @@ def distillation_loss(
         _need_grad(logits),
     )
     return DistillationLoss(*outputs[:3])
+
+
+def _implementation() -> Any:
+    """The functions that attach gradients at once; a compiler wants to see the ops themselves."""
+    return _ops if torch.compiler.is_compiling() else ops
 
 
 def _need_grad(*tensors: Tensor) -> bool:

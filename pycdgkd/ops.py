@@ -3,13 +3,13 @@
 Importing this module loads the compiled library, which registers the schemas (csrc/schemas.cpp)
 and the kernels; what the quantities mean is said in ``pycdgkd.losses``. Gradients that a forward
 pass already holds are saved, never recomputed: ``residual`` is P - Y (N, K) of the distance
-softmax, ``unit_grad`` the gradient for grad_loss = 1. No (N, D) tensor is saved but the inputs.
+softmax, ``unit_grad`` the gradient for grad_loss = 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ except ImportError as error:
     )
     raise
 
+FEW_CLASSES = 32  # csrc/cpu_modality.h: up to here an (N, K) residual is kept for the backward pass
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 DIRECTIONS = {"reverse": 0, "forward": 1}
 
@@ -57,6 +58,61 @@ def _register(name: str, fake: Any, backward: Any = None, setup_context: Any = N
             )
 
     torch.library.register_autograd(f"pycdgkd::{name}", backward, setup_context=setup_context)
+
+
+_autograd = torch.library.Library("pycdgkd", "IMPL")
+
+
+def _register_differentiable(name: str, fake: Any, call: Any) -> None:
+    """``call`` takes the op's arguments; it is also what the public functions call directly.
+
+    A hand-written ``torch.autograd.Function`` costs a third of what ``register_autograd`` adds to
+    each call (it flattens every argument), which at the paper's batch is most of the time.
+    """
+    torch.library.register_fake(f"pycdgkd::{name}", fake)
+    _autograd.impl(name, call, "Autograd")
+
+
+def _kernel(op: Any, *arguments: Any) -> Any:
+    """The op below autograd: the functions of this file attach the graph themselves."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def _backward_kernel(op: Any, *arguments: Any) -> Any:
+    """A backward op; where a graph of it is asked for, autograd says that there is none."""
+    return op(*arguments) if torch.is_grad_enabled() else _kernel(op, *arguments)
+
+
+def _wants_graph(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _is_final(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
+    """Whether the gradient that the forward pass left for grad_loss = 1 can be handed out itself.
+
+    On the CPU (elsewhere to look at grad_loss would wait for the device), and only if the graph is
+    not kept for another pass. While tracing (tensor subclasses) there is no value to look at.
+    """
+    return (
+        type(grad_loss) is Tensor
+        and grad_loss.device.type == "cpu"
+        and grad_loss.dim() == 0
+        and unit_grad.dtype == like.dtype
+        and not torch.is_grad_enabled()
+        and not _graph_is_kept()
+        and grad_loss.item() == 1.0
+    )
+
+
+def _scaled(op: Any, grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> Tensor:
+    if _is_final(grad_loss, unit_grad, like):
+        return unit_grad
+    return cast(Tensor, _backward_kernel(op, grad_loss, unit_grad, like))
+
+
+# Without the means to ask, assume that the graph is kept.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 # ---- class_prototypes ----------------------------------------------------------------------------
@@ -113,64 +169,102 @@ def _prototype_loss_fake(
     scale: float,
     reduction: int,
     ignore_index: int,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = features.shape[0]
-    loss = _new(features, rows) if reduction == REDUCTIONS["none"] else _new(features)
-    residual = _new(features, rows, prototypes.shape[0]) if need_grad else _new(features, 0)
-    return loss, _new(features, rows), residual, _new(features, dtype=torch.float64)
+    need_features: bool,
+    need_prototypes: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    rows, classes = features.shape[0], prototypes.shape[0]
+    by_row = reduction == REDUCTIONS["none"]
+    loss = _new(features, rows) if by_row else _new(features)
+    saved = []
+    if need_features or need_prototypes:
+        if classes <= FEW_CLASSES:
+            saved = [_new(features, rows, classes)]
+        elif not by_row:
+            wanted = ((features, need_features), (prototypes, need_prototypes))
+            saved = [_new(x, *x.shape) if need else _new(x, 0) for x, need in wanted]
+    return loss, _new(features, rows), saved
 
 
-def _prototype_loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    features, prototypes, _, class_counts, *_, ctx.need_grad = inputs
-    _, true_prob, residual, coefficient = output
-    ctx.mark_non_differentiable(true_prob, residual, coefficient)
-    ctx.save_for_backward(features, prototypes, class_counts, residual, coefficient)
+class _PrototypeLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
+        class_counts: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        loss, true_prob, saved = _kernel(
+            _prototype_loss, features, prototypes, labels, class_counts, *options
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(true_prob, *saved)
+        ctx.options = options
+        ctx.save_for_backward(features, prototypes, labels, class_counts, *saved)
+        return loss, true_prob, *saved
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+        if grad_loss is None:
+            return (None,) * 9
+        features, prototypes, labels, class_counts, *saved = ctx.saved_tensors
+        *options, need_features, need_prototypes = ctx.options
+        wanted = ctx.needs_input_grad
+        _require_saved(need_features >= wanted[0] and need_prototypes >= wanted[1], "prototype_loss")
+        if len(saved) == 2 and not need_prototypes and _is_final(grad_loss, saved[0], features):
+            return saved[0], *[None] * 8
+        grad_features, grad_prototypes = _backward_kernel(
+            _prototype_loss_backward, grad_loss, saved, features, prototypes,
+            labels, class_counts, *options, need_features, need_prototypes,
+        )  # fmt: skip
+        return (
+            grad_features if need_features else None,
+            grad_prototypes if need_prototypes else None,
+            *[None] * 7,
+        )
 
 
-def _prototype_loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-    _require_saved(ctx, "prototype_loss")
-    features, prototypes, class_counts, residual, coefficient = ctx.saved_tensors
-    need_features, need_prototypes = ctx.needs_input_grad[:2]
-    grad_features, grad_prototypes = torch.ops.pycdgkd.prototype_loss_backward(
-        grad_loss, coefficient, residual, features, prototypes, class_counts,
-        need_features, need_prototypes,
-    )  # fmt: skip
-    return (
-        grad_features if need_features else None,
-        grad_prototypes if need_prototypes else None,
-        *[None] * 6,
-    )
+def prototype_loss(
+    features: Tensor, prototypes: Tensor, labels: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The op with its gradient; arguments as in csrc/schemas.cpp."""
+    if not _wants_graph(features, prototypes):
+        return cast(Any, _kernel(_prototype_loss, features, prototypes, labels, *options))
+    loss, true_prob, *saved = _PrototypeLoss.apply(features, prototypes, labels, *options)
+    return loss, true_prob, saved
 
 
 def _prototype_loss_backward_fake(
     grad_loss: Tensor,
-    coefficient: Tensor,
-    residual: Tensor,
+    saved: Sequence[Tensor],
     features: Tensor,
     prototypes: Tensor,
+    labels: Tensor,
     class_counts: Tensor | None,
+    scale: float,
+    reduction: int,
+    ignore_index: int,
     need_features: bool,
     need_prototypes: bool,
 ) -> tuple[Tensor, Tensor]:
-    empty = _new(features, 0, dtype=features.dtype)
-    grad_features = _new(features, *features.shape, dtype=features.dtype)
-    grad_prototypes = _new(prototypes, *prototypes.shape, dtype=residual.dtype)
     return (
-        grad_features if need_features else empty,
-        grad_prototypes if need_prototypes else _new(prototypes, 0, dtype=residual.dtype),
+        _new(features, *(features.shape if need_features else (0,)), dtype=features.dtype),
+        _new(prototypes, *(prototypes.shape if need_prototypes else (0,))),
     )
 
 
-def _require_saved(ctx: Any, op: str) -> None:
-    if not ctx.need_grad:
+def _require_saved(need_grad: bool, op: str) -> None:
+    if not need_grad:
         raise RuntimeError(
-            f"pycdgkd.{op}: called with need_grad=False, but its gradient is asked for; "
-            "call the public function, or pass need_grad=True"
+            f"pycdgkd.{op}: called without need_grad, but its gradient is asked for; "
+            "call the public function, or ask for it"
         )
 
 
-_register("prototype_loss", _prototype_loss_fake, _prototype_loss_backward, _prototype_loss_setup)
+_prototype_loss = torch.ops.pycdgkd.prototype_loss.default
+_prototype_loss_backward = torch.ops.pycdgkd.prototype_loss_backward.default
+_register_differentiable("prototype_loss", _prototype_loss_fake, prototype_loss)
 _register("prototype_loss_backward", _prototype_loss_backward_fake)
 
 
@@ -199,6 +293,16 @@ _register("modality_weights", _modality_weights_fake)
 # ---- teacher_loss --------------------------------------------------------------------------------
 
 
+def _padded(count: int | torch.SymInt) -> Any:
+    return (count + 15) // 16 * 16
+
+
+def _centred_size(width: int | torch.SymInt, classes: int | torch.SymInt) -> Any:
+    """Elements of one modality's centred prototypes (csrc/kernels.h: CentrePrototypes)."""
+    rows = 3 if classes == 2 else classes
+    return (1 + rows) * _padded(width) + _padded(classes)
+
+
 def _teacher_loss_fake(
     logits: Tensor,
     features: Sequence[Tensor],
@@ -212,64 +316,102 @@ def _teacher_loss_fake(
 ) -> tuple[Tensor, ...]:
     rows, classes = logits.shape
     count = len(features)
+    parts = 1 + count if classes <= FEW_CLASSES else 1
+    centred = sum(_centred_size(z.shape[1], classes) for z in features)
     return (
         _new(logits),
         _new(logits),
         _new(logits, count),
         _new(logits, count),
         _new(logits, count),
-        _new(logits, 3 + 2 * count, dtype=torch.float64),
-        _new(logits, 1 + count, dtype=torch.float64),
-        _new(logits, count, rows, classes) if need_grad else _new(logits, 0),
-        _new(logits, rows, classes) if need_grad else _new(logits, 0),
+        _new(logits, 4 + 3 * count, dtype=torch.float64),
+        _new(logits, centred if need_grad else 0),
+        _new(logits, parts, rows, classes) if need_grad else _new(logits, 0),
     )
 
 
-def _teacher_loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    logits, features, prototypes, _, class_counts, *_, ctx.need_grad = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.modalities = len(features)
-    ctx.save_for_backward(*output[6:], logits, class_counts, *features, *prototypes)
+class _TeacherLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        modalities: int,
+        options: tuple[Any, ...],
+        labels: Tensor,
+        class_counts: Tensor | None,
+        logits: Tensor,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        features, prototypes = rest[:modalities], rest[modalities:]
+        outputs = _kernel(
+            _teacher_loss, logits, features, prototypes, labels, class_counts, *options
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.options, ctx.prototypes = options, len(prototypes)
+        ctx.need_prototypes = any(ctx.needs_input_grad[5 + modalities :])
+        ctx.save_for_backward(*outputs[5:], labels, class_counts, logits, *features)
+        return cast(tuple[Tensor, ...], outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        *_, scale, ignore_index, need_grad = ctx.options
+        _require_saved(need_grad, "teacher_loss")
+        statistics, centred, residuals, labels, class_counts, logits, *features = ctx.saved_tensors
+        grad_logits, grad_features, grad_prototypes = _backward_kernel(
+            _teacher_loss_backward, grad_loss, statistics, centred, residuals, logits, features,
+            labels, class_counts, scale, ignore_index, ctx.need_prototypes,
+        )  # fmt: skip
+        if not ctx.need_prototypes:
+            grad_prototypes = [None] * ctx.prototypes
+        return None, None, None, None, grad_logits, *grad_features, *grad_prototypes
 
 
-def _teacher_loss_grads(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, list[Tensor], Any]:
-    _require_saved(ctx, "teacher_loss")
-    coefficients, residuals, unit_grad, logits, class_counts, *rest = ctx.saved_tensors
-    features, prototypes = rest[: ctx.modalities], rest[ctx.modalities :]
-    need_prototypes = any(c.requires_grad for c in prototypes)
-    grads = torch.ops.pycdgkd.teacher_loss_backward(
-        grad_loss, coefficients, residuals, unit_grad, logits, features, prototypes, class_counts,
-        need_prototypes,
-    )  # fmt: skip
-    grad_logits, grad_features, grad_prototypes = grads
-    return grad_logits, grad_features, grad_prototypes if need_prototypes else [None] * len(rest)
-
-
-def _teacher_loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-    grad_logits, grad_features, grad_prototypes = _teacher_loss_grads(ctx, grad_loss)
-    return grad_logits, grad_features, grad_prototypes[: ctx.modalities], *[None] * 6
+def teacher_loss(
+    logits: Tensor,
+    features: Sequence[Tensor],
+    prototypes: Sequence[Tensor],
+    labels: Tensor,
+    class_counts: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """The op with its gradient; arguments as in csrc/schemas.cpp."""
+    if not _wants_graph(logits, *features, *prototypes):
+        outputs = _kernel(
+            _teacher_loss, logits, features, prototypes, labels, class_counts, *options
+        )
+        return cast(tuple[Tensor, ...], outputs)
+    outputs = _TeacherLoss.apply(
+        len(features), options, labels, class_counts, logits, *features, *prototypes
+    )
+    return cast(tuple[Tensor, ...], outputs)
 
 
 def _teacher_loss_backward_fake(
     grad_loss: Tensor,
-    coefficients: Tensor,
+    statistics: Tensor,
+    centred: Tensor,
     residuals: Tensor,
-    unit_grad_logits: Tensor,
     logits: Tensor,
     features: Sequence[Tensor],
-    prototypes: Sequence[Tensor],
+    labels: Tensor,
     class_counts: Tensor | None,
+    scale: float,
+    ignore_index: int,
     need_prototypes: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    shapes = [c.shape if need_prototypes else (0,) for c in prototypes]
+    shapes = [(logits.shape[1], z.shape[1]) if need_prototypes else (0,) for z in features]
     return (
         _new(logits, *logits.shape, dtype=logits.dtype),
         [_new(z, *z.shape, dtype=z.dtype) for z in features],
-        [_new(c, *s, dtype=residuals.dtype) for c, s in zip(prototypes, shapes, strict=True)],
+        [_new(logits, *shape) for shape in shapes],
     )
 
 
-_register("teacher_loss", _teacher_loss_fake, _teacher_loss_backward, _teacher_loss_setup)
+_teacher_loss = torch.ops.pycdgkd.teacher_loss.default
+_teacher_loss_backward = torch.ops.pycdgkd.teacher_loss_backward.default
+_register_differentiable("teacher_loss", _teacher_loss_fake, teacher_loss)
 _register("teacher_loss_backward", _teacher_loss_backward_fake)
 
 
@@ -293,21 +435,35 @@ def _multi_source_kl_fake(
     return _new(logits, *rows), _new(logits, *logits.shape) if need_grad else _new(logits, 0)
 
 
-def _multi_source_kl_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.need_grad, ctx.sources = inputs[-1], len(inputs[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], inputs[0])
+class _MultiSourceKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        loss, unit_grad = _kernel(_multi_source_kl, logits, *options)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(unit_grad)
+        ctx.need_grad = options[-1]
+        ctx.save_for_backward(logits, unit_grad)
+        return loss, unit_grad
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        if grad_loss is None:
+            return None, None
+        _require_saved(ctx.need_grad, "multi_source_kl")
+        logits, unit_grad = ctx.saved_tensors
+        return _scaled(_multi_source_kl_backward, grad_loss, unit_grad, logits), None
 
 
-def _multi_source_kl_backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
-    _require_saved(ctx, "multi_source_kl")
-    grad = torch.ops.pycdgkd.multi_source_kl_backward(grad_loss, *ctx.saved_tensors)
-    return grad, [None] * ctx.sources, *[None] * 5
+def multi_source_kl(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The op with its gradient; arguments as in csrc/schemas.cpp."""
+    if not _wants_graph(logits):
+        return cast(Any, _kernel(_multi_source_kl, logits, *options))
+    return cast(tuple[Tensor, Tensor], _MultiSourceKL.apply(logits, options))
 
 
-_register(
-    "multi_source_kl", _multi_source_kl_fake, _multi_source_kl_backward, _multi_source_kl_setup
-)
+_multi_source_kl = torch.ops.pycdgkd.multi_source_kl.default
+_multi_source_kl_backward = torch.ops.pycdgkd.multi_source_kl_backward.default
+_register_differentiable("multi_source_kl", _multi_source_kl_fake, multi_source_kl)
 _register("multi_source_kl_backward", _scaled_gradient_fake)
 
 
@@ -327,22 +483,34 @@ def _distillation_loss_fake(
     return _new(logits), _new(logits), _new(logits), unit_grad
 
 
-def _distillation_loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.need_grad, ctx.sources = inputs[-1], len(inputs[1])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[3], inputs[0])
+class _DistillationLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        outputs = _kernel(_distillation_loss, logits, *options)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.need_grad = options[-1]
+        ctx.save_for_backward(logits, outputs[3])
+        return cast(tuple[Tensor, ...], outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+        if grad_loss is None:
+            return None, None
+        _require_saved(ctx.need_grad, "distillation_loss")
+        logits, unit_grad = ctx.saved_tensors
+        return _scaled(_distillation_loss_backward, grad_loss, unit_grad, logits), None
 
 
-def _distillation_loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-    _require_saved(ctx, "distillation_loss")
-    grad = torch.ops.pycdgkd.distillation_loss_backward(grad_loss, *ctx.saved_tensors)
-    return grad, [None] * ctx.sources, *[None] * 8
+def distillation_loss(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    """The op with its gradient; arguments as in csrc/schemas.cpp."""
+    if not _wants_graph(logits):
+        outputs = _kernel(_distillation_loss, logits, *options)
+        return cast(tuple[Tensor, ...], outputs)
+    return cast(tuple[Tensor, ...], _DistillationLoss.apply(logits, options))
 
 
-_register(
-    "distillation_loss",
-    _distillation_loss_fake,
-    _distillation_loss_backward,
-    _distillation_loss_setup,
-)
+_distillation_loss = torch.ops.pycdgkd.distillation_loss.default
+_distillation_loss_backward = torch.ops.pycdgkd.distillation_loss_backward.default
+_register_differentiable("distillation_loss", _distillation_loss_fake, distillation_loss)
 _register("distillation_loss_backward", _scaled_gradient_fake)

@@ -1,5 +1,7 @@
-// Eqs. 2-4: distance softmax against class prototypes. Forward reads the features once; backward
-// writes the gradient once, from the saved (N, K) residual, and never reads the features again.
+// Eqs. 2-4 for few classes: distance softmax against class prototypes. Forward reads the features
+// once; backward writes the gradient once, from the saved (N, K) residual, and never reads the
+// features again. Four rows at a time share every load of a prototype.
+#include "prototypes.h"
 #include "lanes.h"
 
 namespace pycdgkd {
@@ -7,87 +9,150 @@ namespace PYCDGKD_ISA {
 namespace {
 
 template <class A>
-A dot(const A* x, const A* y, int64_t count) {
-  A sum = A(0);
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) sum += x[j] * y[j];
-  return sum;
-}
-
-// x.(y - z): of two classes only the difference of their logits matters, one product instead of
-// two.
-template <class A>
-A dot_difference(const A* x, const A* y, const A* z, int64_t count) {
-  A sum = A(0);
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) sum += x[j] * (y[j] - z[j]);
-  return sum;
-}
-
-template <class A>
 void centre(const CentrePrototypes& c) {
-  A* mean = static_cast<A*>(c.mean);
-  A* centred = static_cast<A*>(c.centred);
-  A* bias = static_cast<A*>(c.bias);
+  const CentredArrays<A> out(c.centred, c.D, c.K);
   Scratch<double> sum(c.D);
   for (int64_t j = 0; j < c.D; ++j) sum.get()[j] = 0.0;
   double active = 0.0;
   for (int64_t k = 0; k < c.K; ++k) {
-    load_row(c.prototypes, k, 0, centred + k * c.D, 1, c.D);
+    load_row(c.prototypes, k, 0, out.row(k), 1, c.D);
     if (!c.active[k]) continue;
     active += 1.0;
-    for (int64_t j = 0; j < c.D; ++j) sum.get()[j] += static_cast<double>(centred[k * c.D + j]);
+    for (int64_t j = 0; j < c.D; ++j) sum.get()[j] += static_cast<double>(out.row(k)[j]);
   }
-  for (int64_t j = 0; j < c.D; ++j) {
-    mean[j] = static_cast<A>(active > 0.0 ? sum.get()[j] / active : 0.0);
+  for (int64_t j = 0; j < out.stride; ++j) {
+    out.mean[j] = j < c.D && active > 0.0 ? static_cast<A>(sum.get()[j] / active) : A(0);
   }
   for (int64_t k = 0; k < c.K; ++k) {
-    A* row = centred + k * c.D;
-    for (int64_t j = 0; j < c.D; ++j) row[j] = c.active[k] ? row[j] - mean[j] : A(0);
-    bias[k] = c.active[k] ? static_cast<A>(-c.scale) * dot(row, row, c.D)
-                          : -std::numeric_limits<A>::infinity();
+    A* row = out.row(k);
+    for (int64_t j = 0; j < c.D; ++j) row[j] = c.active[k] ? row[j] - out.mean[j] : A(0);
+    for (int64_t j = c.D; j < out.stride; ++j) row[j] = A(0);
+    out.bias[k] = c.active[k] ? static_cast<A>(-c.scale) * squared_norm(row, out.stride)
+                              : -std::numeric_limits<A>::infinity();
+  }
+  for (int64_t k = c.K; k < padded(c.K); ++k) out.bias[k] = A(0);
+  if (c.K == 2) {
+    for (int64_t j = 0; j < out.stride; ++j) out.row(2)[j] = out.row(0)[j] - out.row(1)[j];
   }
 }
 
-// a_k = 2 scale (z - mean).(c_k - mean) - scale |c_k - mean|^2 for one row: -scale |z - c_k|^2 but
-// for a term that all classes share.
+// sums[r][c] = (x_r - mean) . y_c
+template <class A, int R, int C>
+inline void dot_step(const Vector<A> (&x)[R], const A* mean, const A* y, int64_t stride,
+                     Vector<A> (&sums)[R][C]) {
+  const Vector<A> m = load(mean);
+  Vector<A> centred[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) centred[r] = x[r] - m;
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) {
+    const Vector<A> v = load(y + c * stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[r][c] += centred[r] * v;
+  }
+}
+
+template <class A, int R, int C>
+void dot_tile(const A* const (&x)[R], int64_t D, const CentredArrays<A>& p, int64_t first,
+              A (*out)[kRows]) {
+  const A* y = p.row(first);
+  Vector<A> sums[R][C] = {};
+  Vector<A> v[R];
+  int64_t j = 0;
+  for (; j + kWidth<A> <= D; j += kWidth<A>) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) v[r] = load(x[r] + j);
+    dot_step<A, R, C>(v, p.mean + j, y + j, p.stride, sums);
+  }
+  if (j < D) {
+    for (int r = 0; r < R; ++r) v[r] = load_part(x[r] + j, D - j);
+    dot_step<A, R, C>(v, p.mean + j, y + j, p.stride, sums);
+  }
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) out[first + c][r] = sum_of<A>(sums[r][c]);
+  }
+}
+
+// Products with `count` rows of the prototypes from `first` on, as many at once as registers hold.
 template <class A>
-void row_logits(const PrototypeForward& p, int64_t i, A* row, A* logits) {
-  const A* mean = static_cast<const A*>(p.mean);
-  const A* centred = static_cast<const A*>(p.centred);
-  const A* bias = static_cast<const A*>(p.bias);
-  load_row(p.features, i, 0, row, 1, p.D);
-#pragma omp simd
-  for (int64_t j = 0; j < p.D; ++j) row[j] -= mean[j];
+void dot_rows(const A* const (&x)[kRows], int64_t D, const CentredArrays<A>& p, int64_t first,
+              int64_t count, A (*out)[kRows]) {
+  constexpr int wide = kVectorBytes == 64 ? 5 : 2;
+  const int64_t end = first + count;
+  for (; first + wide <= end; first += wide) dot_tile<A, kRows, wide>(x, D, p, first, out);
+  if (first + 3 <= end && wide > 3) {
+    dot_tile<A, kRows, 3>(x, D, p, first, out);
+    first += 3;
+  }
+  if (first + 2 <= end) {
+    dot_tile<A, kRows, 2>(x, D, p, first, out);
+    first += 2;
+  }
+  if (first < end) dot_tile<A, kRows, 1>(x, D, p, first, out);
+}
+
+template <class A>
+struct ForwardWork {
+  explicit ForwardWork(const PrototypeForward& p)
+      : lanes(p.K * kLanes), storage(3 * lanes + kRows * padded(p.D) + kRows * (p.K + 1)) {
+    logits = storage.get();
+    exps = logits + lanes;
+    residual = exps + lanes;
+    rows = residual + lanes;
+    products = reinterpret_cast<A(*)[kRows]>(rows + kRows * padded(p.D));
+  }
+  int64_t lanes;
+  Scratch<A> storage;
+  A *logits, *exps, *residual, *rows;
+  A (*products)[kRows];  // by prototype
+};
+
+// a_k = 2 scale (z - mean).(c_k - mean) - scale |c_k - mean|^2: -scale |z - c_k|^2 but for a term
+// that all classes share. Of two classes only the difference matters: one product instead of two.
+template <class A>
+void four_logits(const PrototypeForward& p, const CentredArrays<A>& c, int64_t first, A* logits,
+                 ForwardWork<A>& work) {
+  const A* x[kRows];
+  four_rows(p.features, first, p.N, 0, p.D, work.rows, padded(p.D), x);
   const A twice = static_cast<A>(2.0 * p.scale);
   constexpr A lowest = std::numeric_limits<A>::lowest();
-  if (p.K == 2 && bias[0] >= lowest && bias[1] >= lowest) {  // two classes that take part
-    logits[0] = twice * dot_difference(row, centred, centred + p.D, p.D) + (bias[0] - bias[1]);
-    logits[kLanes] = A(0);
+  if (p.K == 2 && c.bias[0] >= lowest && c.bias[1] >= lowest) {  // two classes that take part
+    dot_rows(x, p.D, c, 2, 1, work.products);
+    for (int r = 0; r < kRows; ++r) {
+      logits[r] = twice * work.products[2][r] + (c.bias[0] - c.bias[1]);
+      logits[kLanes + r] = A(0);
+    }
     return;
   }
+  dot_rows(x, p.D, c, 0, p.K, work.products);
   for (int64_t k = 0; k < p.K; ++k) {
-    logits[k * kLanes] = twice * dot(row, centred + k * p.D, p.D) + bias[k];
+    for (int r = 0; r < kRows; ++r) {
+      logits[k * kLanes + r] = twice * work.products[k][r] + c.bias[k];
+    }
   }
 }
 
 template <class A>
-void forward_block(const PrototypeForward& p, int64_t index, A* row, A* logits, A* exps,
-                   A* residual) {
+void forward_block(const PrototypeForward& p, const CentredArrays<A>& c, int64_t index,
+                   ForwardWork<A>& work) {
   const int64_t first = index * kBlockRows;
   const int64_t rows = p.N - first < kBlockRows ? p.N - first : kBlockRows;
   int32_t classes[kLanes];
   load_classes(p.classes, first, rows, classes);
-  for (int64_t r = 0; r < kLanes; ++r) {
-    if (classes[r] >= 0) {
-      row_logits(p, first + r, row, logits + r);
+  for (int64_t r = 0; r < kLanes; r += kRows) {
+    const bool any =
+        classes[r] >= 0 || classes[r + 1] >= 0 || classes[r + 2] >= 0 || classes[r + 3] >= 0;
+    if (any) {
+      four_logits(p, c, first + r, work.logits + r, work);
     } else {
-      for (int64_t k = 0; k < p.K; ++k) logits[k * kLanes + r] = A(0);
+      for (int64_t k = 0; k < p.K; ++k) {
+        for (int64_t s = r; s < r + kRows; ++s) work.logits[k * kLanes + s] = A(0);
+      }
     }
   }
   A loss[kLanes], true_prob[kLanes];
-  lane_cross_entropy(logits, p.K, classes, exps, loss, true_prob,
-                     p.residual != nullptr ? residual : nullptr);
+  lane_cross_entropy(work.logits, p.K, classes, work.exps, loss, true_prob,
+                     p.residual != nullptr ? work.residual : nullptr);
   double loss_sum = 0.0, rate = 0.0;
   for (int64_t r = 0; r < rows; ++r) {
     loss_sum += static_cast<double>(loss[r]);
@@ -97,85 +162,106 @@ void forward_block(const PrototypeForward& p, int64_t index, A* row, A* logits, 
   }
   p.block_loss[index] = loss_sum;
   p.block_rate[index] = rate;
-  if (p.residual != nullptr) store_lanes(residual, first, rows, p.K, static_cast<A*>(p.residual));
+  if (p.residual != nullptr) {
+    store_lanes(work.residual, first, rows, p.K, static_cast<A*>(p.residual));
+  }
 }
 
 template <class A>
 void forward(const PrototypeForward& p, ParallelFor threads) {
+  const CentredArrays<A> centred(p.centred, p.D, p.K);
   parallel_for(threads, num_blocks(p.N), kBlockRows * (p.D + p.K), [&](int64_t begin, int64_t end) {
-    const int64_t lanes = p.K * kLanes;
-    Scratch<A> row(p.D), work(3 * lanes);
-    for (int64_t index = begin; index < end; ++index) {
-      forward_block(p, index, row.get(), work.get(), work.get() + lanes, work.get() + 2 * lanes);
-    }
+    ForwardWork<A> work(p);
+    for (int64_t index = begin; index < end; ++index) forward_block(p, centred, index, work);
   });
+}
+
+// out_r = sum_k weights[k][r] y_k over V vectors of columns from j on.
+template <class A, int V>
+void combine_tile(const A (*weights)[kRows], int64_t K, const A* y, int64_t stride, A* out,
+                  int64_t out_stride) {
+  Vector<A> sums[kRows][V] = {};
+  for (int64_t k = 0; k < K; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vector<A> c = load(y + k * stride + v * kWidth<A>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r][v] += weights[k][r] * c;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < V; ++v) store(sums[r][v], out + r * out_stride + v * kWidth<A>);
+  }
+}
+
+// Writes whole vectors: `out` has room for padded(D) columns a row.
+template <class A>
+void combine_rows(const A (*weights)[kRows], int64_t K, const A* y, int64_t stride, int64_t D,
+                  A* out, int64_t out_stride) {
+  constexpr int V = kVectorBytes == 64 ? 4 : 2;
+  int64_t j = 0;
+  for (; j + V * kWidth<A> <= D; j += V * kWidth<A>) {
+    combine_tile<A, V>(weights, K, y + j, stride, out + j, out_stride);
+  }
+  for (; j < D; j += kWidth<A>) combine_tile<A, 1>(weights, K, y + j, stride, out + j, out_stride);
+}
+
+template <class A>
+struct BackwardWork {
+  explicit BackwardWork(const PrototypeBackward& p)
+      : storage(kRows * padded(p.D) + kRows * (p.K + 1)),
+        rows(storage.get()),
+        weights(reinterpret_cast<A (*)[kRows]>(rows + kRows * padded(p.D))) {}
+  Scratch<A> storage;
+  A* rows;
+  A (*weights)[kRows];  // by prototype
+};
+
+// The gradient of `rows` <= 4 rows from `first` on.
+template <class A>
+void backward_rows(const PrototypeBackward& p, const CentredArrays<A>& c, int64_t first,
+                   int64_t rows, BackwardWork<A>& work) {
+  const A* residual = static_cast<const A*>(p.residual);
+  const A* row_factor = static_cast<const A*>(p.row_factor);
+  const int64_t count = p.K == 2 ? 1 : p.K;  // two residuals sum to 0: r_0 (c_0 - c_1)
+  for (int64_t r = 0; r < kRows; ++r) {
+    const int64_t i = first + r;
+    const A factor =
+        r < rows ? static_cast<A>(p.factor) * (row_factor != nullptr ? row_factor[i] : A(1)) : A(0);
+    for (int64_t k = 0; k < count; ++k) {
+      work.weights[k][r] = factor == A(0) ? A(0) : factor * residual[i * p.K + k];
+    }
+  }
+  const A* y = c.row(p.K == 2 ? 2 : 0);
+  const bool direct =
+      rows == kRows && p.D % kWidth<A> == 0 &&
+      p.grad_dtype == (sizeof(A) == sizeof(double) ? Dtype::float64 : Dtype::float32);
+  if (direct) {
+    combine_rows(work.weights, count, y, c.stride, p.D, static_cast<A*>(p.grad) + first * p.D, p.D);
+    return;
+  }
+  combine_rows(work.weights, count, y, c.stride, p.D, work.rows, c.stride);
+  for (int64_t r = 0; r < rows; ++r) {
+    store_row(work.rows + r * c.stride, p.grad, p.grad_dtype, first + r, p.D);
+  }
 }
 
 template <class A>
 void backward(const PrototypeBackward& p, ParallelFor threads) {
-  const A* residual = static_cast<const A*>(p.residual);
-  const A* centred = static_cast<const A*>(p.centred);
-  const A* row_factor = static_cast<const A*>(p.row_factor);
-  parallel_for(threads, p.N, p.D + p.K, [&](int64_t begin, int64_t end) {
-    Scratch<A> scratch(p.D);
-    A* row = scratch.get();
-    for (int64_t i = begin; i < end; ++i) {
-      const A factor = static_cast<A>(p.factor) * (row_factor != nullptr ? row_factor[i] : A(1));
-      for (int64_t j = 0; j < p.D; ++j) row[j] = A(0);
-      for (int64_t k = 0; k < p.K && factor != A(0); ++k) {
-        const A weight = factor * residual[i * p.K + k];
-        const A* c = centred + k * p.D;
-#pragma omp simd
-        for (int64_t j = 0; j < p.D; ++j) row[j] += weight * c[j];
-      }
-      store_row(row, p.grad, p.grad_dtype, i, p.D);
-    }
-  });
-}
-
-// Columns are shared out, rows are summed in order: no partial sums, same bits for every thread
-// count.
-template <class A>
-void prototype_grad_columns(const PrototypeGrad& p, int64_t first, int64_t columns) {
-  const A* residual = static_cast<const A*>(p.residual);
-  const A* row_factor = static_cast<const A*>(p.row_factor);
-  const A* mean = static_cast<const A*>(p.mean) + first;
-  Scratch<double> sums(p.K * columns), residual_sums(p.K);
-  Scratch<A> row(columns);
-  for (int64_t at = 0; at < p.K * columns; ++at) sums.get()[at] = 0.0;
-  for (int64_t k = 0; k < p.K; ++k) residual_sums.get()[k] = 0.0;
-  for (int64_t i = 0; i < p.N; ++i) {
-    load_row(p.features, i, first, row.get(), 1, columns);
-    for (int64_t j = 0; j < columns; ++j) row.get()[j] -= mean[j];
-    const double factor = row_factor != nullptr ? static_cast<double>(row_factor[i]) : 1.0;
-    for (int64_t k = 0; k < p.K; ++k) {
-      const double weight = factor * static_cast<double>(residual[i * p.K + k]);
-      if (weight == 0.0) continue;
-      residual_sums.get()[k] += weight;
-      double* sum = sums.get() + k * columns;
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) sum[j] += weight * static_cast<double>(row.get()[j]);
-    }
-  }
-  for (int64_t k = 0; k < p.K; ++k) {
-    const A* c = static_cast<const A*>(p.centred) + k * p.D + first;
-    A* grad = static_cast<A*>(p.grad) + k * p.D + first;
-    for (int64_t j = 0; j < columns; ++j) {
-      grad[j] = static_cast<A>(p.factor * (sums.get()[k * columns + j] -
-                                           residual_sums.get()[k] * static_cast<double>(c[j])));
-    }
-  }
-}
-
-template <class A>
-void prototype_grad_all(const PrototypeGrad& p, ParallelFor threads) {
-  constexpr int64_t width = 64;
-  parallel_for(threads, (p.D + width - 1) / width, p.N * width, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * width;
-      prototype_grad_columns<A>(p, first, p.D - first < width ? p.D - first : width);
-    }
-  });
+  const CentredArrays<A> centred(p.centred, p.D, p.K);
+  parallel_for(
+      threads, (p.N + kRows - 1) / kRows, kRows * (p.D + p.K), [&](int64_t begin, int64_t end) {
+        if (p.factor == 0.0) {
+          const int64_t last = end * kRows < p.N ? end * kRows : p.N;
+          zero_rows(p.grad, p.grad_dtype, begin * kRows, last, p.D);
+          return;
+        }
+        BackwardWork<A> work(p);
+        for (int64_t group = begin; group < end; ++group) {
+          const int64_t first = group * kRows;
+          backward_rows(p, centred, first, p.N - first < kRows ? p.N - first : kRows, work);
+        }
+      });
 }
 
 }  // namespace
@@ -188,10 +274,6 @@ void prototype_forward(const PrototypeForward& p, ParallelFor threads) {
 
 void prototype_backward(const PrototypeBackward& p, ParallelFor threads) {
   p.wide ? backward<double>(p, threads) : backward<float>(p, threads);
-}
-
-void prototype_grad(const PrototypeGrad& p, ParallelFor threads) {
-  p.wide ? prototype_grad_all<double>(p, threads) : prototype_grad_all<float>(p, threads);
 }
 
 }  // namespace PYCDGKD_ISA

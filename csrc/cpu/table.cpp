@@ -13,6 +13,8 @@ void centre_prototypes(const CentrePrototypes&);
 void prototype_forward(const PrototypeForward&, ParallelFor);
 void prototype_backward(const PrototypeBackward&, ParallelFor);
 void prototype_grad(const PrototypeGrad&, ParallelFor);
+void centre_rows(const CentreRows&);
+void softmax_rows(const SoftmaxRows&);
 void distillation(const Distillation&, ParallelFor);
 void scale_rows(const ScaleRows&, ParallelFor);
 
@@ -35,6 +37,8 @@ const Kernels table = {
     prototype_forward,
     prototype_backward,
     prototype_grad,
+    centre_rows,
+    softmax_rows,
     distillation,
     scale_rows,
     exp_array<float>,

@@ -1,0 +1,80 @@
+// Vectors of the widest kind that this file is compiled for, by the compiler's vector extension.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace pycdgkd {
+namespace PYCDGKD_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int64_t kVectorBytes = 32;
+#else
+inline constexpr int64_t kVectorBytes = 16;
+#endif
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+template <class A>
+inline constexpr int64_t kWidth = kVectorBytes / static_cast<int64_t>(sizeof(A));
+
+template <class A>
+inline Vector<A> load(const A* from) {
+  Vector<A> v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <class A>
+inline void store(const Vector<A>& v, A* to) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+// The first `count` elements (fewer than a vector), the others 0; nothing behind them is touched.
+template <class A>
+inline Vector<A> load_part(const A* from, int64_t count) {
+  Vector<A> v = {};
+  std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(A));
+  return v;
+}
+
+#if defined(__AVX512F__)
+template <>
+inline Vector<float> load_part(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), from);
+}
+template <>
+inline Vector<double> load_part(const double* from, int64_t count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), from);
+}
+#endif
+
+// The sum of the elements, halves added to halves.
+template <class A>
+inline A sum_of(const Vector<A>& v) {
+  A x[kWidth<A>];
+  std::memcpy(x, &v, sizeof(v));
+  for (int64_t half = kWidth<A> / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) x[j] += x[j + half];
+  }
+  return x[0];
+}
+
+}  // namespace PYCDGKD_ISA
+}  // namespace pycdgkd
