@@ -1,6 +1,7 @@
 // Prototype losses of many classes: a block of rows at a time through torch's matrix product.
 #include <cstring>
 
+#include "cpu_matrix.h"
 #include "cpu_modality.h"
 
 namespace pycdgkd {
@@ -18,12 +19,11 @@ int64_t block_rows(int64_t N, int64_t K) {
   return std::min(cached, std::max<int64_t>(32, padded(N / 4)));
 }
 
-// Inside a parallel region a matrix product runs on the calling thread alone: only so are its bits
-// the same for every number of threads. A single task would run outside of one.
 template <class Task>
 void in_parallel(int64_t tasks, const Task& task) {
-  torch::stable::parallel_for(0, std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
-    if (begin < tasks) task(begin, std::min(end, tasks));
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const OneThread alone;
+    task(begin, end);
   });
 }
 

@@ -1,4 +1,4 @@
-// Memory of the CPU ops: tensors, working space, and torch's matrix product on plain arrays.
+// Memory of the CPU ops: tensors and working space.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -80,23 +80,5 @@ class Workspace {
   size_t element_;
   std::unique_ptr<char, Free> data_;
 };
-
-// A (rows, columns) array of the arithmetic type as torch sees it.
-inline Tensor array_view(void* data, int64_t rows, int64_t columns, bool wide, int64_t row_stride,
-                         int64_t col_stride = 1) {
-  const std::array<int64_t, 2> sizes{rows, columns}, strides{row_stride, col_stride};
-  return torch::stable::from_blob(data, sizes, strides,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  wide ? ScalarType::Double : ScalarType::Float);
-}
-
-inline void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  // The result is `out` again, in a reference of its own.
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 }  // namespace pycdgkd

@@ -39,10 +39,9 @@ struct Modalities {
       total += centred_size(D.back(), K);
     }
   }
-  int64_t count() const { return static_cast<int64_t>(z.size()); }
   Modality at(size_t m, const Arguments& args, double scale, void* centred) const {
-    const int64_t bytes = args.wide() ? 8 : 4;
-    return {N, D[m], K, args.wide(), scale, z[m], static_cast<char*>(centred) + begin[m] * bytes};
+    void* own = static_cast<char*>(centred) + begin[m] * args.bytes();
+    return {N, D[m], K, args.wide(), scale, z[m], own};
   }
   int64_t N, K, total = 0;
   std::vector<Matrix> z;
@@ -87,11 +86,10 @@ double cross_entropy(const Arguments& args, const Matrix& logits, int64_t N, int
   return sum_of(ce);
 }
 
-using TeacherOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using TeacherOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors>;
 
-// Eqs. 4-6 from the sums of all parts.
-TeacherOutputs combine(Statistics& s, double proto_weight, double scale, ScalarType type,
-                       Tensor centred, Tensor residuals) {
+// Eqs. 4-6 from the sums of all parts; the coefficients of the gradients go to the statistics.
+TeacherOutputs combine(Statistics& s, double proto_weight, double scale, ScalarType type) {
   const double ce = s.ce_sum() / s.ce_rows();
   std::vector<double> losses, rates;
   for (int64_t m = 0; m < s.M; ++m) {
@@ -108,20 +106,33 @@ TeacherOutputs combine(Statistics& s, double proto_weight, double scale, ScalarT
     s.coefficient(1 + m) = weight * 2.0 * scale / std::max(s.proto_rows(), 1.0);
   }
   return {scalar(loss, type),  scalar(ce, type),      filled(losses, type),
-          filled(rates, type), filled(weights, type), filled(s.values, ScalarType::Double),
-          std::move(centred),  std::move(residuals)};
+          filled(rates, type), filled(weights, type), {}};
+}
+
+// A batch as small as the paper's costs less to compute than to come back for: its gradients are
+// made in the forward pass, where all operands lie in a cache. Larger ones are not kept.
+constexpr int64_t kSmallFeatures = int64_t{1} << 18;
+
+bool gradients_at_once(const Arguments& args, const Modalities& modalities, bool need_prototypes) {
+  int64_t elements = 0;
+  for (size_t m = 0; m < modalities.D.size(); ++m) {
+    if (modalities.z[m].dtype != (args.wide() ? Dtype::float64 : Dtype::float32)) return false;
+    elements += modalities.N * modalities.D[m];
+  }
+  return !need_prototypes && few_classes(modalities.K) && elements <= kSmallFeatures;
 }
 
 TeacherOutputs teacher_loss(const Tensor& logits, const Tensors& features,
                             const Tensors& prototypes, const Tensor& labels,
                             const std::optional<Tensor>& class_counts, double proto_weight,
-                            double scale, int64_t ignore_index, bool need_grad) {
+                            double scale, int64_t ignore_index, bool need_grad,
+                            bool need_prototypes) {
   Arguments args("teacher_loss");
   if (!prototypes.empty()) check_modalities(args, features, prototypes);
   const Matrix l = args.matrix("logits", logits, -1, -1);
   const int64_t N = logits.size(0), K = logits.size(1);
   const Modalities modalities(args, features, N, K);
-  const int64_t M = modalities.count();
+  const auto M = static_cast<int64_t>(features.size());
   for (size_t m = 0; m < prototypes.size(); ++m) {
     args.matrix(element("prototypes", m), prototypes[m], K, modalities.D[m]);
   }
@@ -131,80 +142,120 @@ TeacherOutputs teacher_loss(const Tensor& logits, const Tensors& features,
   const auto active = active_prototypes(args, class_counts, counts, K, prototypes.empty());
   const auto proto_classes = active_classes(classes, active);
 
-  // Gradients of the logits, then the residuals of each modality of few classes.
-  const int64_t parts = 1 + (few_classes(K) ? M : 0);
-  Tensor residuals =
-      need_grad ? empty({parts, N, K}, args.arithmetic()) : empty({0}, args.arithmetic());
-  Tensor centred =
-      need_grad ? empty({modalities.total}, args.arithmetic()) : empty({0}, args.arithmetic());
-  std::optional<Workspace> unsaved;
-  if (!need_grad) unsaved.emplace(modalities.total, args.wide());
-  void* prototypes_at = need_grad ? centred.mutable_data_ptr() : unsaved->at(0);
-  auto* residual = static_cast<char*>(data_or_null(residuals, need_grad));
-  const int64_t part_bytes = N * K * (args.wide() ? 8 : 4);
+  // Kept for the backward pass, or scratch: the gradient of the logits, then the residual of each
+  // modality of few classes; the centred prototypes.
+  const bool at_once = need_grad && gradients_at_once(args, modalities, need_prototypes);
+  const bool keep = need_grad && !at_once;
+  const int64_t parts = need_grad ? (few_classes(K) ? 1 + M : 1) : 0;
+  Tensor residuals = output({parts, N, K}, args.arithmetic(), keep);
+  Tensor centred = output({modalities.total}, args.arithmetic(), keep);
+  Workspace scratch(keep ? 0 : modalities.total + parts * N * K, args.wide());
+  void* prototypes_at = keep ? centred.mutable_data_ptr() : scratch.at(0);
+  void* residuals_at = keep ? residuals.mutable_data_ptr() : scratch.at(modalities.total);
+  Tensor grad_logits = output({N, K}, args.arithmetic(), at_once);
+  const auto residual = [&](int64_t part) -> void* {
+    if (part >= parts) return nullptr;
+    if (part == 0 && at_once) return grad_logits.mutable_data_ptr();
+    return static_cast<char*>(residuals_at) + part * N * K * args.bytes();
+  };
 
   Statistics s(M);
-  const int64_t ce_rows = count_rows(classes);
-  s.ce_rows() = static_cast<double>(ce_rows);
+  const int64_t rows = count_rows(classes);
+  s.ce_rows() = static_cast<double>(rows);
   s.proto_rows() = static_cast<double>(count_rows(proto_classes));
   s.ce_sum() =
-      cross_entropy(args, l, N, K, classes, (1.0 - proto_weight) / at_least_one(ce_rows), residual);
+      cross_entropy(args, l, N, K, classes, (1.0 - proto_weight) / at_least_one(rows), residual(0));
   for (int64_t m = 0; m < M; ++m) {
     const Modality modality = modalities.at(static_cast<size_t>(m), args, scale, prototypes_at);
     centre_modality(args, modality, static_cast<size_t>(m), prototypes, classes, counts, active);
-    const bool keep = need_grad && few_classes(K);
-    const ModalitySums sums = modality_forward(modality, proto_classes, nullptr, nullptr,
-                                               keep ? residual + (1 + m) * part_bytes : nullptr);
+    const ModalitySums sums =
+        modality_forward(modality, proto_classes, nullptr, nullptr, residual(1 + m));
     s.loss(m) = sums.loss;
     s.rate(m) = sums.rate;
   }
-  return combine(s, proto_weight, scale, args.arithmetic(), std::move(centred),
-                 std::move(residuals));
+  TeacherOutputs outputs = combine(s, proto_weight, scale, args.arithmetic());
+  Tensors& saved = std::get<5>(outputs);
+  if (keep) saved = {filled(s.values, ScalarType::Double), centred, residuals};
+  if (!at_once) return outputs;
+  saved.push_back(std::move(grad_logits));
+  for (int64_t m = 0; m < M; ++m) {
+    const Modality modality = modalities.at(static_cast<size_t>(m), args, scale, prototypes_at);
+    saved.push_back(empty({N, modality.D}, args.arithmetic()));
+    modality_backward(modality, residual(1 + m),
+                      {s.coefficient(1 + m), nullptr, saved.back().mutable_data_ptr(),
+                       modality.features.dtype, nullptr});
+  }
+  return outputs;
 }
 
-std::tuple<Tensor, Tensors, Tensors> teacher_loss_backward(
-    const Tensor& grad_loss, const Tensor& statistics, const Tensor& centred,
-    const Tensor& residuals, const Tensor& logits, const Tensors& features, const Tensor& labels,
-    const std::optional<Tensor>& class_counts, double scale, int64_t ignore_index,
-    bool need_prototypes) {
+using TeacherGrads = std::tuple<Tensor, Tensors, Tensors>;
+
+// The gradients that the forward pass made at once, times grad_loss.
+TeacherGrads scaled_gradients(const Arguments& args, double grad, const Tensors& saved,
+                              const Tensor& logits, const Tensors& features) {
+  Tensors grads;
+  for (size_t part = 0; part <= features.size(); ++part) {
+    const Tensor& like = part == 0 ? logits : features[part - 1];
+    const int64_t rows = like.size(0), columns = like.size(1);
+    args.saved(element("saved", part), saved[part], {rows, columns}, args.arithmetic());
+    grads.push_back(empty_like_contiguous(like));
+    cpu::kernels().scale_rows(
+        {rows, columns, args.wide(), &grad, 0, saved[part].const_data_ptr(),
+         grads.back().mutable_data_ptr(), dtype_of(args.op(), "logits", like)},
+        torch_threads);
+  }
+  Tensors unused;
+  for (size_t m = 0; m < features.size(); ++m) unused.push_back(empty({0}, args.arithmetic()));
+  return {grads[0], Tensors(grads.begin() + 1, grads.end()), unused};
+}
+
+TeacherGrads teacher_loss_backward(const Tensor& grad_loss, const Tensors& saved,
+                                   const Tensor& logits, const Tensors& features,
+                                   const Tensor& labels, const std::optional<Tensor>& class_counts,
+                                   double scale, int64_t ignore_index, bool need_prototypes) {
   Arguments args("teacher_loss_backward");
   args.matrix("logits", logits, -1, -1);
   const int64_t N = logits.size(0), K = logits.size(1);
   const Modalities modalities(args, features, N, K);
-  const int64_t M = modalities.count();
-  const bool few = few_classes(K);
-  args.saved("statistics", statistics, {Statistics::size(M)}, ScalarType::Double);
-  args.saved("centred", centred, {modalities.total}, args.arithmetic());
-  args.saved("residuals", residuals, {1 + (few ? M : 0), N, K}, args.arithmetic());
+  const auto M = static_cast<int64_t>(features.size());
   if (grad_loss.dim() != 0) fail(args.op(), "grad_loss", "a scalar", describe(grad_loss));
+  const double grad = value_at(grad_loss, 0);
+  if (saved.size() == features.size() + 1 && saved[0].dim() == 2 && !need_prototypes) {
+    return scaled_gradients(args, grad, saved, logits, features);
+  }
+  if (saved.size() != 3) {
+    fail(args.op(), "saved", "what the forward op left: 3 tensors", std::to_string(saved.size()));
+  }
+  const bool few = few_classes(K);
+  args.saved("saved[0]", saved[0], {Statistics::size(M)}, ScalarType::Double);
+  args.saved("saved[1]", saved[1], {modalities.total}, args.arithmetic());
+  args.saved("saved[2]", saved[2], {few ? 1 + M : 1, N, K}, args.arithmetic());
   std::vector<int32_t> classes;
   if (!few) {
     classes = active_classes(read_classes(args, labels, N, K, ignore_index),
                              read_active(args, class_counts, K));
   }
-  const double grad = value_at(grad_loss, 0);
   const auto* coefficients =
-      static_cast<const double*>(statistics.const_data_ptr()) + Statistics::coefficient(M, 0);
-  const auto* residual = static_cast<const char*>(residuals.const_data_ptr());
-  const int64_t part_bytes = N * K * (args.wide() ? 8 : 4);
+      static_cast<const double*>(saved[0].const_data_ptr()) + Statistics::coefficient(M, 0);
+  void* centred = const_cast<void*>(saved[1].const_data_ptr());
+  const auto* residuals = static_cast<const char*>(saved[2].const_data_ptr());
 
   Tensor grad_logits = empty_like_contiguous(logits);
   const double logits_factor = grad * coefficients[0];
-  cpu::kernels().scale_rows({N, K, args.wide(), &logits_factor, 0, residual,
+  cpu::kernels().scale_rows({N, K, args.wide(), &logits_factor, 0, residuals,
                              grad_logits.mutable_data_ptr(), dtype_of(args.op(), "logits", logits)},
                             torch_threads);
   Tensors grad_features, grad_prototypes;
   for (size_t m = 0; m < features.size(); ++m) {
-    const Modality modality =
-        modalities.at(m, args, scale, const_cast<void*>(centred.const_data_ptr()));
+    const Modality modality = modalities.at(m, args, scale, centred);
     grad_features.push_back(empty_like_contiguous(features[m]));
     grad_prototypes.push_back(output({K, modality.D}, args.arithmetic(), need_prototypes));
     const ModalityGrads grads{grad * coefficients[1 + m], nullptr,
-                              grad_features[m].mutable_data_ptr(),
-                              dtype_of(args.op(), "features", features[m]),
+                              grad_features[m].mutable_data_ptr(), modality.features.dtype,
                               data_or_null(grad_prototypes[m], need_prototypes)};
     if (few) {
-      modality_backward(modality, residual + static_cast<int64_t>(1 + m) * part_bytes, grads);
+      modality_backward(modality, residuals + static_cast<int64_t>(1 + m) * N * K * args.bytes(),
+                        grads);
     } else {
       many_classes_backward(modality, classes, grads);
     }

@@ -28,13 +28,13 @@ STABLE_TORCH_LIBRARY(pycdgkd, m) {
   // Without prototypes: the class means of this batch.
   m.def(
       "teacher_loss(Tensor logits, Tensor[] features, Tensor[] prototypes, Tensor labels,"
-      " Tensor? class_counts, float proto_weight, float scale, int ignore_index, bool need_grad)"
+      " Tensor? class_counts, float proto_weight, float scale, int ignore_index, bool need_grad,"
+      " bool need_prototypes)"
       " -> (Tensor loss, Tensor cross_entropy, Tensor prototype_losses, Tensor convergence_rates,"
-      " Tensor modality_weights, Tensor statistics, Tensor centred, Tensor residuals)");
+      " Tensor modality_weights, Tensor[] saved)");
   m.def(
-      "teacher_loss_backward(Tensor grad_loss, Tensor statistics, Tensor centred,"
-      " Tensor residuals, Tensor logits, Tensor[] features, Tensor labels, Tensor? class_counts,"
-      " float scale, int ignore_index, bool need_prototypes)"
+      "teacher_loss_backward(Tensor grad_loss, Tensor[] saved, Tensor logits, Tensor[] features,"
+      " Tensor labels, Tensor? class_counts, float scale, int ignore_index, bool need_prototypes)"
       " -> (Tensor grad_logits, Tensor[] grad_features, Tensor[] grad_prototypes)");
 
   m.def(

@@ -74,6 +74,7 @@ class Arguments {
   const char* op() const { return op_; }
   bool wide() const { return wide_.value_or(false); }
   ScalarType arithmetic() const { return wide() ? ScalarType::Double : ScalarType::Float; }
+  int64_t bytes() const { return wide() ? 8 : 4; }  // of an element of the arithmetic type
 
   // A (rows, columns) tensor; a negative size accepts any and is called by its letter.
   Matrix matrix(const std::string& name, const Tensor& tensor, int64_t rows, int64_t columns,

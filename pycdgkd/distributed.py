@@ -49,17 +49,19 @@ class _GlobalTeacherLoss(torch.autograd.Function):
         ctx: Any,
         group: Any,
         modalities: int,
-        options: tuple[Any, ...],
         labels: Tensor,
         counts: Tensor | None,
+        options: tuple[Any, ...],
         logits: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         features, prototypes = list(rest[:modalities]), list(rest[modalities:])
-        *_, statistics, centred, residuals = torch.ops.pycdgkd.teacher_loss(
+        # What the prototypes' gradient needs leaves the coefficients open until the sums are in.
+        options = (*options[:-2], True, True)
+        *_, saved = torch.ops.pycdgkd.teacher_loss(
             logits, features, prototypes, labels, counts, *options
         )
-        sums, coefficients = statistics.split([3 + 2 * modalities, 1 + modalities])
+        sums, coefficients = saved[0].split([3 + 2 * modalities, 1 + modalities])
         local_rows = sums[1].clamp(min=1)
         dist.all_reduce(sums, group=group)
         proto_weight, scale, *_ = options
@@ -69,9 +71,8 @@ class _GlobalTeacherLoss(torch.autograd.Function):
         world = dist.get_world_size(group)
         coefficients[0] = world * local_rows / sums[1].clamp(min=1)
         coefficients[1:] = world * proto_weight * 2 * scale * weights / sums[2].clamp(min=1)
-        ctx.options, ctx.prototypes = options, len(prototypes)
-        ctx.need_prototypes = any(ctx.needs_input_grad[6 + modalities :])
-        ctx.save_for_backward(statistics, centred, residuals, labels, counts, logits, *features)
+        ctx.options, ctx.modalities, ctx.prototypes = options, modalities, len(prototypes)
+        ctx.save_for_backward(labels, counts, logits, *features, *saved)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         results = tuple(output.to(dtype) for output in outputs)
         ctx.mark_non_differentiable(*results[1:])
@@ -103,6 +104,6 @@ def global_teacher_loss(arguments: tuple[Any, ...], group: Any) -> tuple[Tensor,
     """``teacher_loss`` over the global batch; arguments as the op takes them."""
     logits, features, prototypes, labels, counts, *options = arguments
     outputs = _GlobalTeacherLoss.apply(
-        group, len(features), tuple(options), labels, counts, logits, *features, *prototypes
+        group, len(features), labels, counts, tuple(options), logits, *features, *prototypes
     )
     return tuple(outputs)

@@ -228,7 +228,7 @@ def teacher_loss(
         given = [c.detach() for c in given]
     arguments = (
         logits, features, given, labels, counts, proto_weight, scale, ignore_index,
-        _need_grad(logits, *features, *given),
+        _need_grad(logits, *features, *given), _need_grad(*given),
     )  # fmt: skip
     if process_group is not None:
         return TeacherLoss(*global_teacher_loss(arguments, process_group))

@@ -24,6 +24,7 @@ except ImportError as error:
     raise
 
 FEW_CLASSES = 32  # csrc/cpu_modality.h: up to here an (N, K) residual is kept for the backward pass
+SMALL_FEATURES = 1 << 18  # csrc/cpu_teacher_ops.cpp: up to here gradients are made at once
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 DIRECTIONS = {"reverse": 0, "forward": 1}
 
@@ -313,20 +314,28 @@ def _teacher_loss_fake(
     scale: float,
     ignore_index: int,
     need_grad: bool,
-) -> tuple[Tensor, ...]:
+    need_prototypes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     rows, classes = logits.shape
-    count = len(features)
-    parts = 1 + count if classes <= FEW_CLASSES else 1
-    centred = sum(_centred_size(z.shape[1], classes) for z in features)
+    count, few = len(features), classes <= FEW_CLASSES
+    dtype = arithmetic_dtype(logits.dtype)
+    small = sum(z.numel() for z in features) <= SMALL_FEATURES
+    saved = []
+    if need_grad and not need_prototypes and few and small and all(z.dtype == dtype for z in features):
+        saved = [_new(logits, *logits.shape), *(_new(z, *z.shape) for z in features)]
+    elif need_grad:
+        saved = [
+            _new(logits, 4 + 3 * count, dtype=torch.float64),
+            _new(logits, sum(_centred_size(z.shape[1], classes) for z in features)),
+            _new(logits, 1 + count if few else 1, rows, classes),
+        ]
     return (
         _new(logits),
         _new(logits),
         _new(logits, count),
         _new(logits, count),
         _new(logits, count),
-        _new(logits, 4 + 3 * count, dtype=torch.float64),
-        _new(logits, centred if need_grad else 0),
-        _new(logits, parts, rows, classes) if need_grad else _new(logits, 0),
+        saved,
     )
 
 
@@ -335,35 +344,44 @@ class _TeacherLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         modalities: int,
-        options: tuple[Any, ...],
         labels: Tensor,
         class_counts: Tensor | None,
+        options: tuple[Any, ...],
         logits: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        features, prototypes = rest[:modalities], rest[modalities:]
-        outputs = _kernel(
-            _teacher_loss, logits, features, prototypes, labels, class_counts, *options
-        )
+        *outputs, saved = _kernel(
+            _teacher_loss, logits, rest[:modalities], rest[modalities:], labels, class_counts,
+            *options,
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.options, ctx.prototypes = options, len(prototypes)
-        ctx.need_prototypes = any(ctx.needs_input_grad[5 + modalities :])
-        ctx.save_for_backward(*outputs[5:], labels, class_counts, logits, *features)
-        return cast(tuple[Tensor, ...], outputs)
+        ctx.mark_non_differentiable(*outputs[1:], *saved)
+        ctx.options, ctx.modalities, ctx.prototypes = options, modalities, len(rest) - modalities
+        ctx.at_once = bool(saved) and saved[0].dim() == 2
+        inputs = () if ctx.at_once else (labels, class_counts, logits, *rest[:modalities])
+        ctx.save_for_backward(*saved, *inputs)
+        return *outputs, *saved
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        *_, scale, ignore_index, need_grad = ctx.options
-        _require_saved(need_grad, "teacher_loss")
-        statistics, centred, residuals, labels, class_counts, logits, *features = ctx.saved_tensors
+        _, scale, ignore_index, need_grad, need_prototypes = ctx.options
+        wanted = any(ctx.needs_input_grad[5 + ctx.modalities :])
+        _require_saved(need_grad and need_prototypes >= wanted, "teacher_loss")
+        if ctx.at_once:
+            saved = ctx.saved_tensors
+            if _is_final(grad_loss, saved[0], saved[0]):
+                return None, None, None, None, *saved, *[None] * ctx.prototypes
+            labels, class_counts, logits, *features = saved[0], None, *saved  # to be scaled only
+        else:
+            *saved, labels, class_counts, logits = ctx.saved_tensors[: 6]
+            features = ctx.saved_tensors[6:]
         grad_logits, grad_features, grad_prototypes = _backward_kernel(
-            _teacher_loss_backward, grad_loss, statistics, centred, residuals, logits, features,
-            labels, class_counts, scale, ignore_index, ctx.need_prototypes,
+            _teacher_loss_backward, grad_loss, saved, logits, features, labels, class_counts, scale,
+            ignore_index, need_prototypes,
         )  # fmt: skip
-        if not ctx.need_prototypes:
+        if not need_prototypes:
             grad_prototypes = [None] * ctx.prototypes
         return None, None, None, None, grad_logits, *grad_features, *grad_prototypes
 
@@ -375,24 +393,22 @@ def teacher_loss(
     labels: Tensor,
     class_counts: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """The op with its gradient; arguments as in csrc/schemas.cpp."""
     if not _wants_graph(logits, *features, *prototypes):
-        outputs = _kernel(
-            _teacher_loss, logits, features, prototypes, labels, class_counts, *options
+        return cast(
+            tuple[Any, ...],
+            _kernel(_teacher_loss, logits, features, prototypes, labels, class_counts, *options),
         )
-        return cast(tuple[Tensor, ...], outputs)
     outputs = _TeacherLoss.apply(
-        len(features), options, labels, class_counts, logits, *features, *prototypes
+        len(features), labels, class_counts, options, logits, *features, *prototypes
     )
-    return cast(tuple[Tensor, ...], outputs)
+    return *outputs[:5], list(outputs[5:])
 
 
 def _teacher_loss_backward_fake(
     grad_loss: Tensor,
-    statistics: Tensor,
-    centred: Tensor,
-    residuals: Tensor,
+    saved: Sequence[Tensor],
     logits: Tensor,
     features: Sequence[Tensor],
     labels: Tensor,

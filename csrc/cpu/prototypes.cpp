@@ -65,10 +65,13 @@ void dot_tile(const A* const (&x)[R], int64_t D, const CentredArrays<A>& p, int6
     dot_step<A, R, C>(v, p.mean + j, y + j, p.stride, sums);
   }
   if (j < D) {
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) v[r] = load_part(x[r] + j, D - j);
     dot_step<A, R, C>(v, p.mean + j, y + j, p.stride, sums);
   }
+#pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) out[first + c][r] = sum_of<A>(sums[r][c]);
   }
 }
@@ -180,8 +183,14 @@ void forward(const PrototypeForward& p, ParallelFor threads) {
 template <class A, int V>
 void combine_tile(const A (*weights)[kRows], int64_t K, const A* y, int64_t stride, A* out,
                   int64_t out_stride) {
-  Vector<A> sums[kRows][V] = {};
-  for (int64_t k = 0; k < K; ++k) {
+  Vector<A> sums[kRows][V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    const Vector<A> c = load(y + v * kWidth<A>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[r][v] = weights[0][r] * c;
+  }
+  for (int64_t k = 1; k < K; ++k) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const Vector<A> c = load(y + k * stride + v * kWidth<A>);
@@ -189,8 +198,10 @@ void combine_tile(const A (*weights)[kRows], int64_t K, const A* y, int64_t stri
       for (int r = 0; r < kRows; ++r) sums[r][v] += weights[k][r] * c;
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < V; ++v) store(sums[r][v], out + r * out_stride + v * kWidth<A>);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store<A>(sums[r][v], out + r * out_stride + v * kWidth<A>);
   }
 }
 

@@ -42,7 +42,7 @@ inline Vector<A> load(const A* from) {
 }
 
 template <class A>
-inline void store(const Vector<A>& v, A* to) {
+inline void store(Vector<A> v, A* to) {
   std::memcpy(to, &v, sizeof(v));
 }
 
@@ -66,14 +66,32 @@ inline Vector<double> load_part(const double* from, int64_t count) {
 #endif
 
 // The sum of the elements, halves added to halves.
-template <class A>
-inline A sum_of(const Vector<A>& v) {
-  A x[kWidth<A>];
-  std::memcpy(x, &v, sizeof(v));
-  for (int64_t half = kWidth<A> / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) x[j] += x[j + half];
+template <class A, int64_t Bytes>
+struct Halves {
+  typedef A whole __attribute__((vector_size(Bytes)));
+  typedef A half __attribute__((vector_size(Bytes / 2)));
+  static A sum(const whole& v) {
+    half low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return Halves<A, Bytes / 2>::sum(low + high);
   }
-  return x[0];
+};
+template <class A>
+struct Halves<A, 16> {
+  typedef A whole __attribute__((vector_size(16)));
+  static A sum(const whole& v) {
+    A x[16 / sizeof(A)];
+    std::memcpy(x, &v, sizeof(v));
+    A total = A(0);
+    for (const A& element : x) total += element;
+    return total;
+  }
+};
+
+template <class A>
+inline A sum_of(Vector<A> v) {
+  return Halves<A, kVectorBytes>::sum(v);
 }
 
 }  // namespace PYCDGKD_ISA
