@@ -36,6 +36,14 @@ void centre(const CentrePrototypes& c) {
   }
 }
 
+// Apart from the loops that fill the sums: beside this the compiler would keep them in memory there.
+template <class A>
+[[gnu::noinline]] void sum_up(const Vector<A>* sums, int rows, int columns, A (*out)[kRows]) {
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) out[c][r] = sum_of<A>(sums[r * columns + c]);
+  }
+}
+
 // sums[r][c] = (x_r - mean) . y_c
 template <class A, int R, int C>
 inline void dot_step(const Vector<A> (&x)[R], const A* mean, const A* y, int64_t stride,
@@ -52,14 +60,24 @@ inline void dot_step(const Vector<A> (&x)[R], const A* mean, const A* y, int64_t
   }
 }
 
+// `ahead` elements further lie the rows that come next: they are fetched while these are worked on.
 template <class A, int R, int C>
 void dot_tile(const A* const (&x)[R], int64_t D, const CentredArrays<A>& p, int64_t first,
-              A (*out)[kRows]) {
+              int64_t ahead, A (*out)[kRows]) {
   const A* y = p.row(first);
-  Vector<A> sums[R][C] = {};
+  Vector<A> sums[R][C];
   Vector<A> v[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sums[r][c] = Vector<A>{};
+  }
   int64_t j = 0;
   for (; j + kWidth<A> <= D; j += kWidth<A>) {
+    if (ahead != 0) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) __builtin_prefetch(x[r] + j + ahead);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) v[r] = load(x[r] + j);
     dot_step<A, R, C>(v, p.mean + j, y + j, p.stride, sums);
@@ -69,29 +87,27 @@ void dot_tile(const A* const (&x)[R], int64_t D, const CentredArrays<A>& p, int6
     for (int r = 0; r < R; ++r) v[r] = load_part(x[r] + j, D - j);
     dot_step<A, R, C>(v, p.mean + j, y + j, p.stride, sums);
   }
-#pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) out[first + c][r] = sum_of<A>(sums[r][c]);
-  }
+  sum_up<A>(&sums[0][0], R, C, out + first);
 }
 
 // Products with `count` rows of the prototypes from `first` on, as many at once as registers hold.
 template <class A>
 void dot_rows(const A* const (&x)[kRows], int64_t D, const CentredArrays<A>& p, int64_t first,
-              int64_t count, A (*out)[kRows]) {
+              int64_t count, int64_t ahead, A (*out)[kRows]) {
   constexpr int wide = kVectorBytes == 64 ? 5 : 2;
   const int64_t end = first + count;
-  for (; first + wide <= end; first += wide) dot_tile<A, kRows, wide>(x, D, p, first, out);
-  if (first + 3 <= end && wide > 3) {
-    dot_tile<A, kRows, 3>(x, D, p, first, out);
+  for (; first + wide <= end; first += wide) {
+    dot_tile<A, kRows, wide>(x, D, p, first, first + wide == end ? ahead : 0, out);
+  }
+  if (wide > 3 && first + 3 <= end) {
+    dot_tile<A, kRows, 3>(x, D, p, first, first + 3 == end ? ahead : 0, out);
     first += 3;
   }
   if (first + 2 <= end) {
-    dot_tile<A, kRows, 2>(x, D, p, first, out);
+    dot_tile<A, kRows, 2>(x, D, p, first, first + 2 == end ? ahead : 0, out);
     first += 2;
   }
-  if (first < end) dot_tile<A, kRows, 1>(x, D, p, first, out);
+  if (first < end) dot_tile<A, kRows, 1>(x, D, p, first, ahead, out);
 }
 
 template <class A>
@@ -116,18 +132,20 @@ template <class A>
 void four_logits(const PrototypeForward& p, const CentredArrays<A>& c, int64_t first, A* logits,
                  ForwardWork<A>& work) {
   const A* x[kRows];
-  four_rows(p.features, first, p.N, 0, p.D, work.rows, padded(p.D), x);
+  const bool in_place = four_rows(p.features, first, p.N, 0, p.D, work.rows, padded(p.D), x);
+  const int64_t ahead =
+      in_place && first + 2 * kRows <= p.N ? kRows * p.features.row_stride : int64_t{0};
   const A twice = static_cast<A>(2.0 * p.scale);
   constexpr A lowest = std::numeric_limits<A>::lowest();
   if (p.K == 2 && c.bias[0] >= lowest && c.bias[1] >= lowest) {  // two classes that take part
-    dot_rows(x, p.D, c, 2, 1, work.products);
+    dot_rows(x, p.D, c, 2, 1, ahead, work.products);
     for (int r = 0; r < kRows; ++r) {
       logits[r] = twice * work.products[2][r] + (c.bias[0] - c.bias[1]);
       logits[kLanes + r] = A(0);
     }
     return;
   }
-  dot_rows(x, p.D, c, 0, p.K, work.products);
+  dot_rows(x, p.D, c, 0, p.K, ahead, work.products);
   for (int64_t k = 0; k < p.K; ++k) {
     for (int r = 0; r < kRows; ++r) {
       logits[k * kLanes + r] = twice * work.products[k][r] + c.bias[k];

@@ -30,9 +30,9 @@ A squared_norm(const A* x, int64_t count) {
 }
 
 // Four rows of the features as A, from column `column` on, where they lie if they can be used there
-// and else as copies (`stride` apart). What lies beyond the last row repeats it.
+// and else as copies (`stride` apart); says whether they can.
 template <class A>
-void rows_at(const Matrix& features, const int64_t (&rows)[kRows], int64_t column, int64_t columns,
+bool rows_at(const Matrix& features, const int64_t (&rows)[kRows], int64_t column, int64_t columns,
              A* copies, int64_t stride, const A* (&x)[kRows]) {
   const bool direct =
       features.col_stride == 1 &&
@@ -45,14 +45,16 @@ void rows_at(const Matrix& features, const int64_t (&rows)[kRows], int64_t colum
       x[r] = copies + r * stride;
     }
   }
+  return direct;
 }
 
+// From row `first` on; what lies beyond the last row repeats it.
 template <class A>
-void four_rows(const Matrix& features, int64_t first, int64_t N, int64_t column, int64_t columns,
+bool four_rows(const Matrix& features, int64_t first, int64_t N, int64_t column, int64_t columns,
                A* copies, int64_t stride, const A* (&x)[kRows]) {
   int64_t rows[kRows];
   for (int64_t r = 0; r < kRows; ++r) rows[r] = first + r < N ? first + r : N - 1;
-  rows_at(features, rows, column, columns, copies, stride, x);
+  return rows_at(features, rows, column, columns, copies, stride, x);
 }
 
 inline void zero_rows(void* grad, Dtype dtype, int64_t begin, int64_t end, int64_t D) {
