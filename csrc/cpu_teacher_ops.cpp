@@ -212,7 +212,9 @@ TeacherGrads scaled_gradients(const Arguments& args, double grad, const Tensors&
 TeacherGrads teacher_loss_backward(const Tensor& grad_loss, const Tensors& saved,
                                    const Tensor& logits, const Tensors& features,
                                    const Tensor& labels, const std::optional<Tensor>& class_counts,
-                                   double scale, int64_t ignore_index, bool need_prototypes) {
+                                   double scale, int64_t ignore_index,
+                                   const std::vector<int64_t>& need_features,
+                                   bool need_prototypes) {
   Arguments args("teacher_loss_backward");
   args.matrix("logits", logits, -1, -1);
   const int64_t N = logits.size(0), K = logits.size(1);
@@ -220,6 +222,9 @@ TeacherGrads teacher_loss_backward(const Tensor& grad_loss, const Tensors& saved
   const auto M = static_cast<int64_t>(features.size());
   if (grad_loss.dim() != 0) fail(args.op(), "grad_loss", "a scalar", describe(grad_loss));
   const double grad = value_at(grad_loss, 0);
+  if (need_features.size() != features.size()) {
+    fail(args.op(), "need_features", "one flag a modality", std::to_string(need_features.size()));
+  }
   if (saved.size() == features.size() + 1 && saved[0].dim() == 2 && !need_prototypes) {
     return scaled_gradients(args, grad, saved, logits, features);
   }
@@ -248,10 +253,11 @@ TeacherGrads teacher_loss_backward(const Tensor& grad_loss, const Tensors& saved
   Tensors grad_features, grad_prototypes;
   for (size_t m = 0; m < features.size(); ++m) {
     const Modality modality = modalities.at(m, args, scale, centred);
-    grad_features.push_back(empty_like_contiguous(features[m]));
+    const bool needed = need_features[m] != 0;
+    grad_features.push_back(output({N, modality.D}, features[m].scalar_type(), needed));
     grad_prototypes.push_back(output({K, modality.D}, args.arithmetic(), need_prototypes));
     const ModalityGrads grads{grad * coefficients[1 + m], nullptr,
-                              grad_features[m].mutable_data_ptr(), modality.features.dtype,
+                              data_or_null(grad_features[m], needed), modality.features.dtype,
                               data_or_null(grad_prototypes[m], need_prototypes)};
     if (few) {
       modality_backward(modality, residuals + static_cast<int64_t>(1 + m) * N * K * args.bytes(),

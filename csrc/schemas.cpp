@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(pycdgkd, m) {
       " Tensor modality_weights, Tensor[] saved)");
   m.def(
       "teacher_loss_backward(Tensor grad_loss, Tensor[] saved, Tensor logits, Tensor[] features,"
-      " Tensor labels, Tensor? class_counts, float scale, int ignore_index, bool need_prototypes)"
+      " Tensor labels, Tensor? class_counts, float scale, int ignore_index, int[] need_features,"
+      " bool need_prototypes)"
       " -> (Tensor grad_logits, Tensor[] grad_features, Tensor[] grad_prototypes)");
 
   m.def(

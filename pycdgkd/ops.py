@@ -89,18 +89,21 @@ def _wants_graph(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _is_final(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
-    """Whether the gradient that the forward pass left for grad_loss = 1 can be handed out itself.
+def _can_look(grad_loss: Tensor) -> bool:
+    """Whether values may be looked at here: on the CPU (a device would have to be waited for), not
+    while tracing (tensor subclasses), nor where a graph of the gradient is asked for.
+    """
+    return type(grad_loss) is Tensor and grad_loss.is_cpu and not torch.is_grad_enabled()
 
-    On the CPU (elsewhere to look at grad_loss would wait for the device), and only if the graph is
-    not kept for another pass. While tracing (tensor subclasses) there is no value to look at.
+
+def _is_final(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
+    """Whether the gradient that the forward pass left for grad_loss = 1 can be handed out itself:
+    only if the graph is not kept for another pass.
     """
     return (
-        type(grad_loss) is Tensor
-        and grad_loss.device.type == "cpu"
+        _can_look(grad_loss)
         and grad_loss.dim() == 0
         and unit_grad.dtype == like.dtype
-        and not torch.is_grad_enabled()
         and not _graph_is_kept()
         and grad_loss.item() == 1.0
     )
@@ -357,7 +360,7 @@ class _TeacherLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[1:], *saved)
         ctx.options, ctx.modalities, ctx.prototypes = options, modalities, len(rest) - modalities
-        ctx.at_once = bool(saved) and saved[0].dim() == 2
+        ctx.wanted, ctx.at_once = ctx.needs_input_grad[5:], bool(saved) and saved[0].dim() == 2
         inputs = () if ctx.at_once else (labels, class_counts, logits, *rest[:modalities])
         ctx.save_for_backward(*saved, *inputs)
         return *outputs, *saved
@@ -367,20 +370,27 @@ class _TeacherLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         _, scale, ignore_index, need_grad, need_prototypes = ctx.options
-        wanted = any(ctx.needs_input_grad[5 + ctx.modalities :])
-        _require_saved(need_grad and need_prototypes >= wanted, "teacher_loss")
+        wanted, given = ctx.wanted[: ctx.modalities], any(ctx.wanted[ctx.modalities :])
+        _require_saved(need_grad and need_prototypes >= given, "teacher_loss")
+        idle = [False] * ctx.modalities
+        saved = ctx.saved_tensors
         if ctx.at_once:
-            saved = ctx.saved_tensors
             if _is_final(grad_loss, saved[0], saved[0]):
                 return None, None, None, None, *saved, *[None] * ctx.prototypes
             labels, class_counts, logits, *features = saved[0], None, *saved  # to be scaled only
         else:
-            *saved, labels, class_counts, logits = ctx.saved_tensors[: 6]
-            features = ctx.saved_tensors[6:]
+            saved, (labels, class_counts, logits, *features) = saved[:3], saved[3:]
+            if _can_look(grad_loss):
+                idle = [factor == 0 for factor in saved[0][-ctx.modalities :].tolist()]
+        needed = [int(want and not still) for want, still in zip(wanted, idle, strict=True)]
         grad_logits, grad_features, grad_prototypes = _backward_kernel(
             _teacher_loss_backward, grad_loss, saved, logits, features, labels, class_counts, scale,
-            ignore_index, need_prototypes,
+            ignore_index, needed, need_prototypes,
         )  # fmt: skip
+        for m, z in enumerate(features):
+            if not needed[m]:
+                # The fastest modality's loss weighs 0: a zero that takes no memory, as of sum().
+                grad_features[m] = z.new_zeros(()).expand(z.shape) if wanted[m] else None
         if not need_prototypes:
             grad_prototypes = [None] * ctx.prototypes
         return None, None, None, None, grad_logits, *grad_features, *grad_prototypes
@@ -415,12 +425,14 @@ def _teacher_loss_backward_fake(
     class_counts: Tensor | None,
     scale: float,
     ignore_index: int,
+    need_features: Sequence[int],
     need_prototypes: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     shapes = [(logits.shape[1], z.shape[1]) if need_prototypes else (0,) for z in features]
+    wanted = zip(features, need_features, strict=True)
     return (
         _new(logits, *logits.shape, dtype=logits.dtype),
-        [_new(z, *z.shape, dtype=z.dtype) for z in features],
+        [_new(z, *(z.shape if need else (0,)), dtype=z.dtype) for z, need in wanted],
         [_new(logits, *shape) for shape in shapes],
     )
 
