@@ -73,7 +73,7 @@ class _GlobalTeacherLoss(torch.autograd.Function):
         coefficients[1:] = world * proto_weight * 2 * scale * weights / sums[2].clamp(min=1)
         ctx.options, ctx.modalities, ctx.prototypes = options, modalities, len(prototypes)
         ctx.wanted, ctx.at_once = ctx.needs_input_grad[6:], False
-        ctx.save_for_backward(*saved, labels, counts, logits, *features)
+        ctx.save_for_backward(labels, counts, logits, *features, *saved)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         results = tuple(output.to(dtype) for output in outputs)
         ctx.mark_non_differentiable(*results[1:])

@@ -361,8 +361,7 @@ class _TeacherLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(*outputs[1:], *saved)
         ctx.options, ctx.modalities, ctx.prototypes = options, modalities, len(rest) - modalities
         ctx.wanted, ctx.at_once = ctx.needs_input_grad[5:], bool(saved) and saved[0].dim() == 2
-        inputs = () if ctx.at_once else (labels, class_counts, logits, *rest[:modalities])
-        ctx.save_for_backward(*saved, *inputs)
+        ctx.save_for_backward(labels, class_counts, logits, *rest[:modalities], *saved)
         return *outputs, *saved
 
     @staticmethod
@@ -373,15 +372,13 @@ class _TeacherLoss(torch.autograd.Function):
         wanted, given = ctx.wanted[: ctx.modalities], any(ctx.wanted[ctx.modalities :])
         _require_saved(need_grad and need_prototypes >= given, "teacher_loss")
         idle = [False] * ctx.modalities
-        saved = ctx.saved_tensors
+        labels, class_counts, logits, *rest = ctx.saved_tensors
+        features, saved = rest[: ctx.modalities], rest[ctx.modalities :]
         if ctx.at_once:
-            if _is_final(grad_loss, saved[0], saved[0]):
+            if _is_final(grad_loss, saved[0], logits):
                 return None, None, None, None, *saved, *[None] * ctx.prototypes
-            labels, class_counts, logits, *features = saved[0], None, *saved  # to be scaled only
-        else:
-            saved, (labels, class_counts, logits, *features) = saved[:3], saved[3:]
-            if _can_look(grad_loss):
-                idle = [factor == 0 for factor in saved[0][-ctx.modalities :].tolist()]
+        elif _can_look(grad_loss):
+            idle = [factor == 0 for factor in saved[0][-ctx.modalities :].tolist()]
         needed = [int(want and not still) for want, still in zip(wanted, idle, strict=True)]
         grad_logits, grad_features, grad_prototypes = _backward_kernel(
             _teacher_loss_backward, grad_loss, saved, logits, features, labels, class_counts, scale,
