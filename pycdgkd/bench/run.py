@@ -1,0 +1,127 @@
+"""Check, then time: from cases to a record."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from . import memory
+from .cases import Case
+from .contestants import OURS, Contestant
+from .inputs import Inputs, exact_result, largest_error, make_inputs
+from .lineup import installed_peers, lineup
+from .machine import describe, probe, software
+from .records import CaseRecord, Entry, Probes, Run
+from .timing import Sample, ratios, summarise, time_together
+
+SECONDS = 5.0  # of timing a case
+QUICK_SECONDS = 1.5
+TOLERANCE = {"float32": 1e-3, "float64": 1e-3}  # relative to the largest value
+TOLERANCE_16_BIT = 2e-2
+
+
+def run(
+    cases: Sequence[Case],
+    *,
+    threads: Sequence[int] = (1,),
+    seconds: float = SECONDS,
+    compiled: bool = True,
+    peaks: bool = True,
+    progress: Callable[[CaseRecord], None] = lambda record: None,
+) -> Run:
+    """Time the cases one after the other; ``progress`` gets each record as it is finished."""
+    records: list[CaseRecord] = []
+    before = probe()
+    for case in cases:
+        entries, rounds = _time_case(case, threads, seconds, compiled)
+        after = probe()
+        if peaks and memory.worth_measuring(case):
+            entries = _with_peaks(entries, memory.peak_bytes(case))
+        records.append(_record(case, entries, rounds, before.stricter(after)))
+        progress(records[-1])
+        before = after
+    settings = {
+        "threads": list(threads),
+        "seconds_a_case": seconds,
+        "compiled": compiled,
+        "packages": installed_peers(),
+    }
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Run(describe(), software(), settings, now, records)
+
+
+def checked(
+    case: Case, inputs: Inputs, contestants: Iterable[Contestant]
+) -> list[tuple[Contestant, float | None]]:
+    """Each contestant with its largest error against the reference; a wrong result of ours raises.
+
+    The neighbour has other inputs and is checked as a case of its own; a bound computes no loss.
+    """
+    exact = {}
+    found: list[tuple[Contestant, float | None]] = []
+    for one in contestants:
+        if one.layer in ("bound", "neighbour"):
+            found.append((one, None))
+            continue
+        key = one.value_of or case.op
+        if key not in exact:
+            exact[key] = exact_result(inputs, key)
+        torch.set_num_threads(one.threads)
+        error = largest_error(one.result(), exact[key])
+        if one.layer != "peer" and not error <= tolerance(case):
+            raise RuntimeError(
+                f"{case.name}: {one.name}: wrong result: largest error {error:.1e}, "
+                f"at most {tolerance(case):.0e} expected"
+            )
+        found.append((one, error))
+    return found
+
+
+def tolerance(case: Case) -> float:
+    """The largest error with which a contestant is timed."""
+    return TOLERANCE.get(case.dtype, TOLERANCE_16_BIT)
+
+
+def _time_case(
+    case: Case, threads: Sequence[int], seconds: float, compiled: bool
+) -> tuple[list[Entry], int]:
+    before = torch.get_num_threads()
+    try:
+        inputs = make_inputs(case)
+        judged = checked(case, inputs, lineup(inputs, threads=threads, compiled=compiled))
+    finally:
+        torch.set_num_threads(before)
+    right = [one for one, error in judged if error is None or error <= tolerance(case)]
+    samples = time_together(right, seconds)
+    entries = [_entry(one, error, samples) for one, error in judged]
+    return entries, len(samples[OURS])
+
+
+def _entry(one: Contestant, error: float | None, samples: dict[str, list[Sample]]) -> Entry:
+    if one.name not in samples:  # a wrong result is reported, not timed
+        return Entry(one.name, one.layer, one.threads, error, {}, {})
+    seconds, ratio = summarise(samples[one.name]), ratios(samples, OURS, one.name)
+    return Entry(one.name, one.layer, one.threads, error, seconds, ratio)
+
+
+def _with_peaks(entries: Sequence[Entry], peaks: dict[str, int]) -> list[Entry]:
+    return [
+        Entry(e.name, e.layer, e.threads, e.error, e.seconds, e.ratio, peaks.get(e.name))
+        for e in entries
+    ]
+
+
+def _record(case: Case, entries: list[Entry], rounds: int, probes: Probes) -> CaseRecord:
+    sizes = {
+        name: getattr(case, name)
+        for name in ("rows", "width", "classes", "modalities", "sources", "inactive")
+    }
+    beside = case.neighbour
+    return CaseRecord(
+        case.name, case.op, sizes, case.bound, case.bytes, case.exps, rounds, probes, entries,
+        None if beside is None else beside.name, None if beside is None else beside.bytes,
+    )  # fmt: skip
+
+

@@ -1,0 +1,262 @@
+"""A run as tables, in plain text or Markdown (standard library only).
+
+Losing figures are printed like winning ones: a ratio below 1 means that the other is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .cases import KL_OPS, MIB, OPS
+from .goals import OURS, judged
+from .records import CaseRecord, Entry, Run, Spread
+
+GIGA = 1e9
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of words."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def tables(run: Run) -> list[Table]:
+    """Goals, then each op against its peers, then our layers, then peak memory."""
+    compared = [
+        _op_table(op, cases) for op in OPS if (cases := [c for c in run.cases if c.op == op])
+    ]
+    every = [_goal_table(run), *compared, _layer_table(run), _memory_table(run)]
+    return [table for table in every if table.rows]
+
+
+def heading(run: Run) -> list[str]:
+    """What was measured, where and with what."""
+    machine, software, settings = run.machine, run.software, run.settings
+    packages = [name for name, there in settings["packages"].items() if there]
+    lines = [
+        f"{machine['processor']} ({machine['architecture']}), {machine['cores']} cores, "
+        f"caches {machine['caches']}, {machine['memory_gib']} GiB, {machine['kernel']}",
+        f"pycdgkd {software['pycdgkd']} at {software['commit']}, {software['instructions']} "
+        f"kernels; torch {software['torch']} ({software['torch_instructions']}), numpy "
+        f"{software['numpy']}, python {software['python']}",
+        f"{run.time}; {settings['threads'][0]} thread unless a row says x2; about "
+        f"{settings['seconds_a_case']:g} s a case; torch.compile "
+        f"{'where listed' if settings['compiled'] else 'left out'}; other packages: "
+        f"{', '.join(packages) or 'none'}",
+    ]
+    if run.cases:
+        lines.append(_limits(run.cases))
+    return lines
+
+
+def _limits(cases: Sequence[CaseRecord]) -> str:
+    best = cases[0].probes
+    for case in cases[1:]:
+        best = best.stricter(case.probes)
+    return (
+        f"limits (one thread, best of the run): copy into a tensor in use {best.copy / GIGA:.1f} "
+        f"GB/s, into fresh memory {best.clone / GIGA:.1f} GB/s, exp {best.exp / GIGA:.2f} G/s, "
+        f"smallest step through autograd {seconds_words(best.autograd)}"
+    )
+
+
+# ---- figures as words ----------------------------------------------------------------------------
+
+
+def seconds_words(value: float) -> str:
+    """Seconds with a fitting unit and three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-6:.3g} us"
+
+
+def _spread(seconds: Spread) -> str:
+    return f"{seconds_words(seconds.median)} ({seconds_words(seconds.p10)} - {seconds_words(seconds.p90)})"
+
+
+def _ratio(entry: Entry | None, phase: str = "both") -> str:
+    if entry is None:
+        return NOTHING
+    if not entry.seconds:
+        return f"wrong ({entry.error:.0e})"
+    return f"{entry.ratio[phase].median:.2f}x" if phase in entry.ratio else NOTHING
+
+
+def _found(case: CaseRecord, name: str) -> Entry | None:
+    return next((entry for entry in case.entries if entry.name == name), None)
+
+
+def limit_words(case: CaseRecord) -> str:
+    """What bounds the case, and how near to that bound our public function is."""
+    ours, probes = case.entry(OURS), case.probes
+    if ours is None:
+        return NOTHING
+    seconds = ours.seconds["both"].median
+    if case.bound == "overhead":
+        return f"dispatch: {seconds / probes.autograd:.1f}x the smallest autograd step"
+    if case.bound == "flops":
+        gemm = case.entry("gemm")
+        return NOTHING if gemm is None else f"matrix products: {gemm.ratio['both'].median:.0%}"
+    if case.bound == "exps":
+        return f"exps: {case.exps / seconds / probes.exp:.0%}"
+    rate = case.bytes / seconds
+    return f"bytes: {rate / probes.copy:.0%} of copy, {rate / probes.clone:.0%} of clone"
+
+
+def _rates(case: CaseRecord) -> tuple[str, ...]:
+    ours = case.entry(OURS)
+    assert ours is not None
+    seconds = ours.seconds["both"].median
+    rate = case.bytes / seconds
+    found = [f"{rate / GIGA:.2f}", f"{rate / case.probes.copy:.0%}"]
+    if case.op in KL_OPS:
+        exps = case.exps / seconds
+        found += [f"{exps / GIGA:.3f}", f"{exps / case.probes.exp:.0%}"]
+    return tuple(found)
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+
+def _goal_table(run: Run) -> Table:
+    rows = [
+        (
+            case.name,
+            goal.words,
+            f"{value.median:.2f}",
+            f"{value.p10:.2f} - {value.p90:.2f}" if value.p10 != value.p90 else NOTHING,
+            "met" if goal.met(value.median) else "NOT MET",
+            limit_words(case),
+        )
+        for goal, case, value in judged(run)
+    ]
+    reached = sum(row[4] == "met" for row in rows)
+    header = ("case", "goal", "median", "p10 - p90", "", "what bounds the case: how near we are")
+    return Table(f"Goals: {reached} of {len(rows)} met", header, rows)
+
+
+def _names(cases: Iterable[CaseRecord], wanted: Callable[[Entry], bool]) -> list[str]:
+    return list(dict.fromkeys(e.name for case in cases for e in case.entries if wanted(e)))
+
+
+def _op_table(op: str, cases: Sequence[CaseRecord]) -> Table:
+    first = min(entry.threads for case in cases for entry in case.entries)
+    peers = _names(
+        cases, lambda e: e.layer in ("peer", "bound", "neighbour") and e.threads == first
+    )
+    rates = ("GB/s", "of copy") + (("Gexp/s", "of exp") if op in KL_OPS else ())
+    header = ("case", "pycdgkd (p10 - p90)", *peers, *rates, "error")
+    rows = []
+    for case in cases:
+        ours = case.entry(OURS)
+        assert ours is not None
+        rows.append(
+            (
+                case.name.partition("/")[2],
+                _spread(ours.seconds["both"]),
+                *(_ratio(_found(case, name)) for name in peers),
+                *_rates(case),
+                f"{ours.error:.0e}",
+            )
+        )
+    note = (
+        "Forward and backward. A peer's column is its time over ours, median of the rounds; "
+        "GB/s on the least bytes of the case; error: largest of ours, relative, against float64."
+    )
+    return Table(op, header, rows, note)
+
+
+def _layer_table(run: Run) -> Table:
+    header = (
+        "case",
+        *(f"{layer} {way}" for layer in ("kernel", "op", "public") for way in ("fwd", "bwd")),
+        "two threads",
+        "peer's two threads",
+        "rounds",
+    )
+    rows = []
+    for case in run.cases:
+        found = []
+        for name in ("kernel", "op", OURS):
+            entry = case.entry(name)
+            seconds = {} if entry is None else entry.seconds
+            for phase in ("forward", "backward"):
+                found.append(seconds_words(seconds[phase].median) if phase in seconds else NOTHING)
+        rows.append((case.name, *found, *_scaling(case), str(case.rounds)))
+    note = (
+        "Medians. kernel: on NumPy arrays, one thread (for teacher_loss the prototype kernels "
+        "alone); op: through the dispatcher; public: with autograd. Two threads: speed-up over one."
+    )
+    return Table("Layers and threads", header, rows, note)
+
+
+def _scaling(case: CaseRecord) -> tuple[str, str]:
+    """Speed-up by a second thread: ours, and the rival's."""
+    found = [NOTHING, NOTHING]
+    for entry in case.entries:
+        alone = case.entry(entry.name.removesuffix(" x2"))
+        if entry.name.endswith(" x2") and entry.seconds and alone is not None:
+            ratio = alone.seconds["both"].median / entry.seconds["both"].median
+            mine = alone.name == OURS
+            found[0 if mine else 1] = f"{ratio:.2f}x" if mine else f"{ratio:.2f}x ({alone.name})"
+    return found[0], found[1]
+
+
+def _memory_table(run: Run) -> Table:
+    cases = [case for case in run.cases if any(e.peak_bytes is not None for e in case.entries)]
+    names = _names(cases, lambda e: e.peak_bytes is not None)
+    rows = []
+    for case in cases:
+        peaks = {entry.name: entry.peak_bytes for entry in case.entries}
+        words = (peaks.get(name) for name in names)
+        rows.append(
+            (case.name, *(NOTHING if peak is None else f"{peak / MIB:.0f}" for peak in words))
+        )
+    note = "MiB that one forward and backward adds to the inputs, gradients included."
+    return Table("Peak memory", ("case", *names), rows, note)
+
+
+# ---- on paper ------------------------------------------------------------------------------------
+
+
+def as_text(table: Table) -> str:
+    """Columns aligned with spaces."""
+    rows = [table.header, *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([table.title, *([table.note] if table.note else []), "", *lines, ""])
+
+
+def as_markdown(table: Table) -> str:
+    """A Markdown table below a heading."""
+    lines = [
+        f"### {table.title}",
+        "",
+        *([table.note, ""] if table.note else []),
+        *(f"| {' | '.join(row)} |" for row in [table.header]),
+        "| --- |" + " ---: |" * (len(table.header) - 1),
+        *(f"| {' | '.join(row)} |" for row in table.rows),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def report(run: Run, *, markdown: bool = False) -> str:
+    """Heading and all tables."""
+    head = heading(run)
+    if markdown:
+        lines = [f"- {line}" for line in head]
+        return "\n".join([*lines, "", *(as_markdown(table) for table in tables(run))])
+    return "\n".join([*head, "", *(as_text(table) for table in tables(run))])
