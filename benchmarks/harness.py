@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from pycdgkd.bench import layers
 from pycdgkd.bench.cases import Case, select
 from pycdgkd.bench.contestants import Contestant
-from pycdgkd.bench.inputs import Inputs, exact_result, make_inputs
+from pycdgkd.bench.inputs import Inputs, make_inputs
 from pycdgkd.bench.run import checked
 from pycdgkd.bench.timing import PHASES
 

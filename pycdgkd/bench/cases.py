@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pycdgkd.errors import InputError
 
@@ -45,7 +45,7 @@ class Case:
     layout: str = "contiguous"  # "strided": rows of a wider matrix; "unaligned": off by one value
     neighbour: Case | None = None  # the aligned case whose cost an equal share of work should have
     compiled: tuple[str, ...] = ()  # peers that are also timed under torch.compile
-    skipped: tuple[str, ...] = field(default=())  # peers that would take seconds a call
+    skipped: tuple[str, ...] = ()  # peers that would take seconds a call
     quick: bool = False
 
     @property
@@ -121,32 +121,36 @@ class Case:
 
     def shrunk(self) -> Case:
         """The same case with a few rows, columns and classes: for tests and for warming up."""
-        small = {"rows": min(self.rows, 24), "width": min(self.width, 40)}
         return dataclasses.replace(
-            self, **small, classes=min(self.classes, 12), neighbour=None, compiled=()
+            self,
+            rows=min(self.rows, 24),
+            width=min(self.width, 40),
+            classes=min(self.classes, 12),
+            neighbour=None,
+            compiled=(),
         )
 
 
-def _aligned(case: Case, **sizes: int) -> Case:
+def _aligned(case: Case, **sizes: Any) -> Case:
     return dataclasses.replace(case, layout="contiguous", neighbour=None, compiled=(), **sizes)
 
 
-def _beside(case: Case, **sizes: int) -> Case:
+def _beside(case: Case, **sizes: Any) -> Case:
     """The case with its aligned neighbour of about the same size."""
     return dataclasses.replace(case, neighbour=_aligned(case, **sizes), compiled=())
 
 
-def _teacher(rows: int, width: int, classes: int, **settings: object) -> Case:
+def _teacher(rows: int, width: int, classes: int, **settings: Any) -> Case:
     settings = {"modalities": 2, **settings}
-    return Case("teacher_loss", rows, classes, width, **settings)  # type: ignore[arg-type]
+    return Case("teacher_loss", rows, classes, width, **settings)
 
 
-def _prototype(rows: int, width: int, classes: int, **settings: object) -> Case:
-    return Case("prototype_loss", rows, classes, width, **settings)  # type: ignore[arg-type]
+def _prototype(rows: int, width: int, classes: int, **settings: Any) -> Case:
+    return Case("prototype_loss", rows, classes, width, **settings)
 
 
-def _distillation(rows: int, classes: int, sources: int = 3, **settings: object) -> Case:
-    return Case("distillation_loss", rows, classes, sources=sources, **settings)  # type: ignore[arg-type]
+def _distillation(rows: int, classes: int, sources: int = 3, **settings: Any) -> Case:
+    return Case("distillation_loss", rows, classes, sources=sources, **settings)
 
 
 def _teacher_cases() -> list[Case]:

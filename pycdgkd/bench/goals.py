@@ -80,8 +80,8 @@ def _neighbour(case: CaseRecord, _: str) -> Spread | None:
 
 
 def _threads(case: CaseRecord, threads: str) -> Spread | None:
-    more = _both(case, f"{OURS} x{threads}")
-    return None if more is None else Spread(1 / more.median, 1 / more.p90, 1 / more.p10)
+    more = case.entry(f"{OURS} x{threads}")
+    return None if more is None else more.speedup
 
 
 _MEASURED = {

@@ -134,9 +134,7 @@ def _log_prob(features: Tensor, prototypes: Tensor) -> Tensor:
     return log_prob
 
 
-def _prototype_terms(
-    features: Tensor, prototypes: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor]:
+def _prototype_terms(features: Tensor, prototypes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Eqs. 3 and 4: (loss, rate)."""
     true_log_prob = _log_prob(features, prototypes).gather(1, labels[:, None])[:, 0]
     return -true_log_prob.mean(), true_log_prob.detach().exp().sum()

@@ -35,9 +35,7 @@ def public(i: Inputs) -> Contestant:
     settings = _kl_settings(i)
     K = i.case.classes
     calls: dict[str, Callable[[], Tensor]] = {
-        "class_prototypes": lambda: (
-            pycdgkd.class_prototypes(i.features[0], i.labels, K).prototypes
-        ),
+        "class_prototypes": lambda: pycdgkd.class_prototypes(i.features[0], i.labels, K).prototypes,
         "prototype_loss": lambda: (
             pycdgkd.prototype_loss(i.features[0], i.prototypes[0], i.labels).loss
         ),
@@ -83,9 +81,10 @@ def _prototype_loss_op(i: Inputs) -> Calls:
 
     def backward(state: Any) -> Sequence[Tensor]:
         _, _, residual, coefficient = state
-        return _ops.prototype_loss_backward(
+        grad, _ = _ops.prototype_loss_backward(
             i.grad_output, coefficient, residual, z, c, None, True, False
-        )[:1]  # type: ignore[no-any-return]
+        )
+        return [grad]
 
     return forward, backward
 
@@ -123,9 +122,7 @@ def _multi_source_kl_op(i: Inputs) -> Calls:
             i.logits, i.sources, weights, TEMPERATURE, direction, _MEAN, True
         )
 
-    return forward, lambda state: [
-        _ops.multi_source_kl_backward(i.grad_output, state[1], i.logits)
-    ]
+    return forward, lambda state: [_ops.multi_source_kl_backward(i.grad_output, state[1], i.logits)]
 
 
 def _distillation_loss_op(i: Inputs) -> Calls:

@@ -1,4 +1,4 @@
-"""Who competes in a case: our layers, the peers that apply, the neighbour and more threads."""
+"""Who competes in a case: our layers, the peers that apply, the neighbour."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import layers, peers
-
-from .contestants import OURS, Contestant, differentiable
+from .contestants import Contestant, differentiable
 from .inputs import TEMPERATURE, Inputs, make_inputs
 
 NEIGHBOUR = "neighbour"
@@ -31,8 +30,6 @@ Call = Callable[[], Tensor]
 # (function of the tensors below, those tensors): torch.compile gets tensors as arguments, because
 # what a closure holds would be baked into the graph.
 Form = tuple[Callable[..., Tensor], tuple[Any, ...]]
-
-
 
 
 def _teacher_forms(i: Inputs) -> dict[str, Form]:
@@ -53,7 +50,7 @@ def _prototype_forms(i: Inputs) -> dict[str, Form]:
         "addmm": (peers.addmm, tensors),
     }
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+        options = torch.nn.LinearCrossEntropyOptions()
         forms["lce"] = (peers.lce, tensors)
         forms["lce auto"] = (lambda z, c, y: peers.lce(z, c, y, options), tensors)
     if i.case.classes < 10_000 and find_spec("pytorch_metric_learning"):
@@ -202,34 +199,16 @@ def compiled_peers(i: Inputs) -> list[Contestant]:
     return found
 
 
-def lineup(
-    i: Inputs, *, threads: Sequence[int] = (1,), compiled: bool = True
-) -> list[Contestant]:
+def lineup(i: Inputs, *, threads: int = 1, compiled: bool = True) -> list[Contestant]:
     """All contestants of a case; ours come first."""
-    first, *more = threads
     found = [*layers.ours(i), *peers_of(i), *(compiled_peers(i) if compiled else [])]
     if i.case.neighbour is not None:
         beside = layers.public(make_inputs(i.case.neighbour))
         found.append(dataclasses.replace(beside, name=NEIGHBOUR, layer="neighbour"))
-    found = [dataclasses.replace(one, threads=first) for one in found]
-    if i.case.bound == "overhead":
-        return found
-    repeated = [one for one in found if one.name in (OURS, RIVALS[i.case.op])]
-    return found + [
-        dataclasses.replace(one, name=threaded(one.name, count), threads=count)
-        for count in more
-        for one in repeated
-    ]
-
-
-def threaded(name: str, threads: int) -> str:
-    """The name of a contestant that runs with more threads than the rest."""
-    return f"{name} x{threads}"
+    return [dataclasses.replace(one, threads=threads) for one in found]
 
 
 def installed_peers() -> dict[str, bool]:
     """The optional packages and whether they take part."""
     packages = ("pytorch_metric_learning", "torchdistill")
     return {name: find_spec(name) is not None for name in packages}
-
-

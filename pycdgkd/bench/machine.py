@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,8 @@ def probe(*, copy_bytes: int = COPY_BYTES) -> Probes:
     torch.set_num_threads(1)
     try:
         x = torch.zeros(copy_bytes // 4)
-        out = torch.zeros_like(x)
-        copy = _median_seconds(lambda: out.copy_(x), 5)
-        del out
-        clone = _median_seconds(lambda: x.clone(), 3)
+        copy = _median_seconds(partial(torch.zeros_like(x).copy_, x), 5)
+        clone = _median_seconds(x.clone, 3)
         exp = exp_kernel()
         few, many = (np.linspace(-8, 0, size, dtype=np.float32) for size in (FEW, MANY))
         seconds = _median_seconds(lambda: exp(many), 9, 200) - _median_seconds(
@@ -67,7 +66,8 @@ def _first_line(path: str, key: str) -> str:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "unknown")
+    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
+    return next(found, "unknown")
 
 
 def _caches() -> str:

@@ -143,27 +143,25 @@ def addmm(z: Tensor, c: Tensor, labels: Tensor) -> Tensor:
 
 def lce(z: Tensor, c: Tensor, labels: Tensor, options: Any = None) -> Tensor:
     """Eqs. 2-3 are a linear layer with bias -|c|^2 and a cross-entropy."""
-    loss: Tensor = F.linear_cross_entropy(  # type: ignore[attr-defined]
+    loss: Tensor = F.linear_cross_entropy(
         z, 2 * c, labels, linear_bias=-c.square().sum(1), options=options
     )
     return loss
 
 
-def class_means_one_hot(z: Tensor, labels: Tensor, K: int) -> Tensor:
+def class_means_one_hot(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Eq. 1 by a matrix product."""
-    one_hot = F.one_hot(labels, K).to(z.dtype)
+    one_hot = F.one_hot(labels, num_classes).to(z.dtype)
     return _class_means(z, one_hot, one_hot.sum(0).clamp(min=1))
 
 
-def class_means_index_add(z: Tensor, labels: Tensor, K: int) -> Tensor:
+def class_means_index_add(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Eq. 1 by scattered additions."""
-    counts = torch.bincount(labels, minlength=K).clamp(min=1).to(z.dtype)
-    return z.new_zeros(K, z.shape[1]).index_add(0, labels, z) / counts[:, None]
+    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1).to(z.dtype)
+    return z.new_zeros(num_classes, z.shape[1]).index_add(0, labels, z) / counts[:, None]
 
 
-def rates_addmm(
-    features: Sequence[Tensor], prototypes: Sequence[Tensor], labels: Tensor
-) -> Tensor:
+def rates_addmm(features: Sequence[Tensor], prototypes: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Eq. 4 without autograd."""
     with torch.no_grad():
         rates = [

@@ -52,7 +52,7 @@ class Panel:
     """One log-log plot: which cases, which size along the axis, which peers."""
 
     title: str
-    cases: str
+    cases: tuple[str, ...]  # patterns
     axis: str
     peers: tuple[str, ...]
     per_row: bool = False
@@ -61,19 +61,24 @@ class Panel:
 PANELS = (
     Panel(
         "teacher_loss, D 512-1024, K 2, batch means",
-        "teacher_loss/N*-D*-K2",
+        ("teacher_loss/N128-D512-K2", "teacher_loss/N*-D1024-K2"),
         "rows",
         ("T1", "T2", "T3", "T4", "T4 compile"),
     ),
     Panel(
         "prototype_loss, N 4096, D 512",
-        "prototype_loss/N4096-D512-K*",
+        ("prototype_loss/N4096-D512-K*",),
         "classes",
         ("literal", "cdist", "addmm", "lce", "lce auto", "ProxyNCA"),
     ),
     Panel(
-        "distillation_loss, S 3, time of a row",
-        "distillation_loss/N*-K*-S3",
+        "distillation_loss, S 3, N 32-65536",
+        (
+            "distillation_loss/N65536-K[27]-S3",
+            "distillation_loss/N4096-K[13]*-S3",
+            "distillation_loss/N256-K32000-S3",
+            "distillation_loss/N32-K262144-S3",
+        ),
         "classes",
         ("D1", "D3", "D4", "D1 compile"),
         per_row=True,
@@ -102,21 +107,22 @@ def _saver(figure: Figure) -> Callable[[Path], object]:
 
 
 def _points(panel: Panel, cases: Sequence[CaseRecord], name: str) -> list[tuple[float, float]]:
-    """(size, microseconds) of one contestant; of several cases of a size the first."""
-    found: dict[float, float] = {}
-    for case in cases:
-        entry = case.entry(name)
-        if entry is not None:
-            seconds = entry.seconds["both"].median / (case.sizes["rows"] if panel.per_row else 1)
-            found.setdefault(case.sizes[panel.axis], seconds / 1e-6)
-    return sorted(found.items())
+    """(size, microseconds) of one contestant."""
+    return sorted(
+        (
+            case.sizes[panel.axis],
+            entry.seconds["both"].median * 1e6 / (case.sizes["rows"] if panel.per_row else 1),
+        )
+        for case in cases
+        if (entry := case.entry(name)) is not None
+    )
 
 
 def _matching(panel: Panel, run: Run) -> list[CaseRecord]:
     return [
         case
         for case in run.cases
-        if fnmatch.fnmatchcase(case.name, panel.cases) and not case.name[-1].isalpha()
+        if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in panel.cases)
     ]
 
 

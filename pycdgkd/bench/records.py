@@ -55,6 +55,7 @@ class Entry:
     seconds: dict[str, Spread]  # by phase; empty if the result was wrong and so not timed
     ratio: dict[str, Spread]  # its time over that of our public function, within rounds
     peak_bytes: int | None = None  # beyond the inputs
+    speedup: Spread | None = None  # with more threads: over the same contestant without them
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,16 @@ def _spreads(values: Mapping[str, Mapping[str, float]]) -> dict[str, Spread]:
     return {phase: Spread(**spread) for phase, spread in values.items()}
 
 
+def _entry(values: dict[str, Any]) -> Entry:
+    speedup = values["speedup"]
+    parsed = {
+        "seconds": _spreads(values["seconds"]),
+        "ratio": _spreads(values["ratio"]),
+        "speedup": None if speedup is None else Spread(**speedup),
+    }
+    return Entry(**{**values, **parsed})
+
+
 def _case(values: dict[str, Any]) -> CaseRecord:
-    entries = [
-        Entry(**{**e, "seconds": _spreads(e["seconds"]), "ratio": _spreads(e["ratio"])})
-        for e in values["entries"]
-    ]
+    entries = [_entry(entry) for entry in values["entries"]]
     return CaseRecord(**{**values, "probes": Probes(**values["probes"]), "entries": entries})

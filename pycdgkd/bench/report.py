@@ -48,7 +48,7 @@ def show_case(total: int) -> Callable[[CaseRecord], None]:
         peers = ", ".join(
             f"{entry.name} {entry.ratio['both'].median:.2f}x"
             for entry in case.entries
-            if entry.layer == "peer" and entry.seconds and entry.threads == ours.threads
+            if entry.layer == "peer" and entry.seconds and entry.speedup is None
         )
         words = table.seconds_words(ours.seconds["both"].median)
         print(f"[{done}/{total}] {case.name}: {words}; {peers}", flush=True)

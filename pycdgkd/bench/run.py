@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -11,7 +12,7 @@ from . import memory
 from .cases import Case
 from .contestants import OURS, Contestant
 from .inputs import Inputs, exact_result, largest_error, make_inputs
-from .lineup import installed_peers, lineup
+from .lineup import RIVALS, installed_peers, lineup
 from .machine import describe, probe, software
 from .records import CaseRecord, Entry, Probes, Run
 from .timing import Sample, ratios, summarise, time_together
@@ -29,7 +30,7 @@ def run(
     seconds: float = SECONDS,
     compiled: bool = True,
     peaks: bool = True,
-    progress: Callable[[CaseRecord], None] = lambda record: None,
+    progress: Callable[[CaseRecord], None] = lambda _: None,
 ) -> Run:
     """Time the cases one after the other; ``progress`` gets each record as it is finished."""
     records: list[CaseRecord] = []
@@ -68,7 +69,6 @@ def checked(
         key = one.value_of or case.op
         if key not in exact:
             exact[key] = exact_result(inputs, key)
-        torch.set_num_threads(one.threads)
         error = largest_error(one.result(), exact[key])
         if one.layer != "peer" and not error <= tolerance(case):
             raise RuntimeError(
@@ -88,15 +88,34 @@ def _time_case(
     case: Case, threads: Sequence[int], seconds: float, compiled: bool
 ) -> tuple[list[Entry], int]:
     before = torch.get_num_threads()
+    torch.set_num_threads(threads[0])
     try:
         inputs = make_inputs(case)
-        judged = checked(case, inputs, lineup(inputs, threads=threads, compiled=compiled))
+        judged = checked(case, inputs, lineup(inputs, threads=threads[0], compiled=compiled))
     finally:
         torch.set_num_threads(before)
     right = [one for one, error in judged if error is None or error <= tolerance(case)]
     samples = time_together(right, seconds)
     entries = [_entry(one, error, samples) for one, error in judged]
+    if case.bound != "overhead":
+        pair = [one for one in right if one.name in (OURS, RIVALS[case.op])]
+        for count in threads[1:]:
+            entries += _time_more_threads(pair, count, seconds / 2)
     return entries, len(samples[OURS])
+
+
+def _time_more_threads(pair: Sequence[Contestant], threads: int, seconds: float) -> Iterator[Entry]:
+    """Ours and its rival with more threads, in rounds of their own beside themselves with fewer.
+
+    Apart from the other rounds, because idle threads of a pool may spin and disturb what follows.
+    """
+    more = [
+        dataclasses.replace(one, name=f"{one.name} x{threads}", threads=threads) for one in pair
+    ]
+    samples = time_together([*pair, *more], seconds)
+    for one, alone in zip(more, pair, strict=True):
+        speedup = ratios(samples, one.name, alone.name)["both"]
+        yield dataclasses.replace(_entry(one, None, samples), speedup=speedup)
 
 
 def _entry(one: Contestant, error: float | None, samples: dict[str, list[Sample]]) -> Entry:
@@ -107,10 +126,7 @@ def _entry(one: Contestant, error: float | None, samples: dict[str, list[Sample]
 
 
 def _with_peaks(entries: Sequence[Entry], peaks: dict[str, int]) -> list[Entry]:
-    return [
-        Entry(e.name, e.layer, e.threads, e.error, e.seconds, e.ratio, peaks.get(e.name))
-        for e in entries
-    ]
+    return [dataclasses.replace(entry, peak_bytes=peaks.get(entry.name)) for entry in entries]
 
 
 def _record(case: Case, entries: list[Entry], rounds: int, probes: Probes) -> CaseRecord:
@@ -123,5 +139,3 @@ def _record(case: Case, entries: list[Entry], rounds: int, probes: Probes) -> Ca
         case.name, case.op, sizes, case.bound, case.bytes, case.exps, rounds, probes, entries,
         None if beside is None else beside.name, None if beside is None else beside.bytes,
     )  # fmt: skip
-
-

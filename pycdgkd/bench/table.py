@@ -22,7 +22,7 @@ class Table:
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     note: str = ""
 
 
@@ -78,7 +78,8 @@ def seconds_words(value: float) -> str:
 
 
 def _spread(seconds: Spread) -> str:
-    return f"{seconds_words(seconds.median)} ({seconds_words(seconds.p10)} - {seconds_words(seconds.p90)})"
+    median, low, high = (seconds_words(s) for s in (seconds.median, seconds.p10, seconds.p90))
+    return f"{median} ({low} - {high})"
 
 
 def _ratio(entry: Entry | None, phase: str = "both") -> str:
@@ -147,10 +148,8 @@ def _names(cases: Iterable[CaseRecord], wanted: Callable[[Entry], bool]) -> list
 
 
 def _op_table(op: str, cases: Sequence[CaseRecord]) -> Table:
-    first = min(entry.threads for case in cases for entry in case.entries)
-    peers = _names(
-        cases, lambda e: e.layer in ("peer", "bound", "neighbour") and e.threads == first
-    )
+    shown = ("peer", "bound", "neighbour")
+    peers = _names(cases, lambda e: e.layer in shown and e.speedup is None)
     rates = ("GB/s", "of copy") + (("Gexp/s", "of exp") if op in KL_OPS else ())
     header = ("case", "pycdgkd (p10 - p90)", *peers, *rates, "error")
     rows = []
@@ -199,14 +198,16 @@ def _layer_table(run: Run) -> Table:
 
 def _scaling(case: CaseRecord) -> tuple[str, str]:
     """Speed-up by a second thread: ours, and the rival's."""
-    found = [NOTHING, NOTHING]
+    mine, theirs = NOTHING, NOTHING
     for entry in case.entries:
-        alone = case.entry(entry.name.removesuffix(" x2"))
-        if entry.name.endswith(" x2") and entry.seconds and alone is not None:
-            ratio = alone.seconds["both"].median / entry.seconds["both"].median
-            mine = alone.name == OURS
-            found[0 if mine else 1] = f"{ratio:.2f}x" if mine else f"{ratio:.2f}x ({alone.name})"
-    return found[0], found[1]
+        name = entry.name.removesuffix(" x2")
+        if entry.speedup is None or name == entry.name:
+            continue
+        if name == OURS:
+            mine = f"{entry.speedup.median:.2f}x"
+        else:
+            theirs = f"{entry.speedup.median:.2f}x ({name})"
+    return mine, theirs
 
 
 def _memory_table(run: Run) -> Table:

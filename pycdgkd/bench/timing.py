@@ -40,9 +40,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(quantile(values, 0.5), quantile(values, 0.1), quantile(values, 0.9))
 
 
-def _sample(
-    one: Contestant, steps: int, clock: Callable[[], float] = time.perf_counter
-) -> Sample:
+def _sample(one: Contestant, steps: int, clock: Callable[[], float] = time.perf_counter) -> Sample:
     forward, backward = one.forward, one.backward
     ahead = back = 0.0
     for _ in range(steps):
@@ -100,9 +98,7 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Spread]:
     return {phase: spread([sample[phase] for sample in samples]) for phase in phases}
 
 
-def ratios(
-    samples: Mapping[str, Sequence[Sample]], ours: str, other: str
-) -> dict[str, Spread]:
+def ratios(samples: Mapping[str, Sequence[Sample]], ours: str, other: str) -> dict[str, Spread]:
     """How many times longer the other takes than we do, round by round, by phase."""
     pairs = list(zip(samples[ours], samples[other], strict=True))
     phases = [phase for phase in PHASES if all(phase in s for pair in pairs for s in pair)]
