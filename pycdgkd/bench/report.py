@@ -16,7 +16,7 @@ from .goals import OURS
 from .records import CaseRecord, Run
 
 
-def check_options(threads: Sequence[int], seconds: float | None) -> None:
+def check_options(threads: Sequence[int], seconds: float | None, out: Path | None) -> None:
     """Raise ``InputError`` for what cannot be measured here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for count in threads:
@@ -29,6 +29,10 @@ def check_options(threads: Sequence[int], seconds: float | None) -> None:
         raise InputError(
             f"--threads: expected different numbers, got {' '.join(map(str, threads))}; "
             "remedy: name each once"
+        )
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(
+            f"--out: expected a folder, got the file {out}; remedy: choose another name"
         )
     if seconds is not None and not 0 < seconds < math.inf:
         raise InputError(

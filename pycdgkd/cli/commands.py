@@ -162,7 +162,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(case.name for case in cases))
         return 0
-    check_options(arguments.threads, arguments.seconds)
+    check_options(arguments.threads, arguments.seconds, arguments.out)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     from pycdgkd.bench import run
