@@ -53,7 +53,9 @@ def time_layer(benchmark: BenchmarkFixture, case: Case, layer: str, phase: str) 
     try:
         _, contestants = prepared(case.shrunk() if benchmark.disabled else case)
         benchmark.group = f"{case.name} {phase}"
-        _measure(benchmark, contestants[layer], phase)
+        one = contestants[layer]
+        with one.context():
+            _measure(benchmark, one, phase)
     finally:
         torch.set_num_threads(threads)
 

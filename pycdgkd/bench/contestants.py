@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,15 @@ class Contestant:
     value_of: str = ""  # which entry of inputs.VALUES it computes; "": the case's op
     compiled: bool = False
     threads: int = 1
+    context: Callable[[], AbstractContextManager[object]] = nullcontext  # around its calls
     layer: str = "peer"  # "public", "op", "kernel", "peer" or "neighbour"
 
     def result(self) -> Result:
         """Value and gradients of one call, as tensors."""
-        state = self.forward()
-        value = torch.as_tensor(self.value(state)).detach()
-        grads = [] if self.backward is None else self.backward(state)
+        with self.context():
+            state = self.forward()
+            value = torch.as_tensor(self.value(state)).detach()
+            grads = [] if self.backward is None else self.backward(state)
         return value, [None if grad is None else torch.as_tensor(grad) for grad in grads]
 
 

@@ -149,15 +149,6 @@ _OP_CALLS: dict[str, Callable[[Inputs], Calls]] = {
 }
 
 
-def _without_autograd(call: Callable[..., Any]) -> Callable[..., Any]:
-    # Below the autograd keys: the dispatcher goes straight to the kernel.
-    def wrapped(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return call(*arguments)
-
-    return wrapped
-
-
 def _op_value(op: str) -> Callable[[Any], Any]:
     if op == "class_prototypes":
         return lambda state: state[0][0]
@@ -169,10 +160,12 @@ def op(i: Inputs) -> Contestant:
     forward, backward = _OP_CALLS[i.case.op](i)
     return Contestant(
         OP,
-        _without_autograd(forward),
-        None if backward is None else _without_autograd(backward),
+        forward,
+        backward,
         _op_value(i.case.op),
         layer="op",
+        # The dispatcher goes straight to the kernel.
+        context=torch._C._AutoDispatchBelowAutograd,
     )
 
 

@@ -1,4 +1,4 @@
-"""Who competes in a case: our layers, the peers that apply, the neighbour."""
+"""Who competes in a case: our layers and the peers that apply."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from . import layers, peers
 from .contestants import Contestant, differentiable
-from .inputs import TEMPERATURE, Inputs, make_inputs
+from .inputs import TEMPERATURE, Inputs
 
-NEIGHBOUR = "neighbour"
 # The peer that is timed with more threads too: the strongest form in eager torch.
 RIVALS = {
     "teacher_loss": "T4",
@@ -202,9 +201,6 @@ def compiled_peers(i: Inputs) -> list[Contestant]:
 def lineup(i: Inputs, *, threads: int = 1, compiled: bool = True) -> list[Contestant]:
     """All contestants of a case; ours come first."""
     found = [*layers.ours(i), *peers_of(i), *(compiled_peers(i) if compiled else [])]
-    if i.case.neighbour is not None:
-        beside = layers.public(make_inputs(i.case.neighbour))
-        found.append(dataclasses.replace(beside, name=NEIGHBOUR, layer="neighbour"))
     return [dataclasses.replace(one, threads=threads) for one in found]
 
 

@@ -16,30 +16,6 @@ from torch import Tensor
 ALPHA = BETA = 0.5
 T = 2.0
 
-# What each name means, for tables.
-LABELS = {
-    "T1": "literal: class means in a loop, (z - c)^2, softmax, log, Python branch for lambda",
-    "T2": "cdist squared and cross-entropy, Python branch for lambda",
-    "T3": "as T4, but differentiates through the class means (more work, a different gradient)",
-    "T4": "expert: one matrix product, fused cross-entropy, lambda on the device",
-    "literal": "(z - c)^2, softmax, log",
-    "cdist": "cdist squared and cross-entropy",
-    "addmm": "one matrix product and cross-entropy",
-    "lce": "torch.nn.functional.linear_cross_entropy, options=None",
-    "lce auto": "linear_cross_entropy, LinearCrossEntropyOptions(), chunked",
-    "ProxyNCA": "pytorch-metric-learning's ProxyNCALoss, squared distance, fixed proxies",
-    "gemm": "the two matrix products of the loss alone: a lower bound, not a loss",
-    "one-hot": "one-hot matrix product",
-    "index_add": "index_add_ and bincount",
-    "D1": "kl_div for each active source, log_target, and cross-entropy",
-    "D2": "as D1, student's log_softmax formed for each source",
-    "D3": "stacked sources (the stack is not timed), weights on the device",
-    "D4": "mean of the sources' logits and their log-sum-exps: fewest passes in eager torch",
-    "torchdistill": "torchdistill's KDLoss for each active source (cross-entropy S times)",
-    "compile": "torch.compile(fullgraph=True, dynamic=False), compiled before timing",
-}
-
-
 # ---- teacher_loss --------------------------------------------------------------------------------
 
 

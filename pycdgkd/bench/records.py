@@ -51,10 +51,11 @@ class Entry:
     name: str
     layer: str  # "public", "op", "kernel", "peer", "bound" or "neighbour"
     threads: int
-    error: float | None  # largest, relative; None for what computes no loss
+    error: float | None  # largest, relative; None for what computes no loss, or no finite one
     seconds: dict[str, Spread]  # by phase; empty if the result was wrong and so not timed
     ratio: dict[str, Spread]  # its time over that of our public function, within rounds
     peak_bytes: int | None = None  # beyond the inputs
+    failure: str | None = None  # why it could not be called
     speedup: Spread | None = None  # with more threads: over the same contestant without them
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,14 +12,15 @@ from pycdgkd.files import write_text
 
 from . import plots, records, table
 from .goals import OURS
+from .machine import available_cores
 from .records import CaseRecord, Run
 
 
 def check_options(threads: Sequence[int], seconds: float | None, out: Path | None) -> None:
     """Raise ``InputError`` for what cannot be measured here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     for count in threads:
-        if not 1 <= count <= (cores or 1):
+        if not 1 <= count <= cores:
             raise InputError(
                 f"--threads: expected numbers from 1 to {cores} (this machine's cores), got "
                 f"{count}; remedy: leave it out"

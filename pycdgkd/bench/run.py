@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from . import memory
+from . import layers, memory
 from .cases import Case
 from .contestants import OURS, Contestant
-from .inputs import Inputs, exact_result, largest_error, make_inputs
+from .inputs import Inputs, Result, exact_result, largest_error, make_inputs
 from .lineup import RIVALS, installed_peers, lineup
-from .machine import describe, probe, software
+from .machine import describe
+from .probes import probe, software
 from .records import CaseRecord, Entry, Probes, Run
 from .timing import Sample, ratios, summarise, time_together
 
@@ -55,21 +57,28 @@ def run(
 
 def checked(
     case: Case, inputs: Inputs, contestants: Iterable[Contestant]
-) -> list[tuple[Contestant, float | None]]:
-    """Each contestant with its largest error against the reference; a wrong result of ours raises.
+) -> list[tuple[Contestant, float | str | None]]:
+    """Each contestant with its largest error against the reference, or with why it failed.
 
-    The neighbour has other inputs and is checked as a case of its own; a bound computes no loss.
+    A wrong result of ours raises. A bound computes no loss and has no error.
     """
-    exact = {}
-    found: list[tuple[Contestant, float | None]] = []
+    exact: dict[str, Result] = {}
+    found: list[tuple[Contestant, float | str | None]] = []
     for one in contestants:
-        if one.layer in ("bound", "neighbour"):
+        if one.layer == "bound":
             found.append((one, None))
+            continue
+        try:
+            result = one.result()
+        except Exception as failure:  # of another project: reported in its place in the table
+            if one.layer != "peer":
+                raise
+            found.append((one, f"{type(failure).__name__}: {failure}"[:200]))
             continue
         key = one.value_of or case.op
         if key not in exact:
             exact[key] = exact_result(inputs, key)
-        error = largest_error(one.result(), exact[key])
+        error = largest_error(result, exact[key])
         if one.layer != "peer" and not error <= tolerance(case):
             raise RuntimeError(
                 f"{case.name}: {one.name}: wrong result: largest error {error:.1e}, "
@@ -77,6 +86,17 @@ def checked(
             )
         found.append((one, error))
     return found
+
+
+def _with_neighbour(case: Case, threads: int) -> list[tuple[Contestant, float | str | None]]:
+    """Our public function on the neighbour's inputs, checked there."""
+    if case.neighbour is None:
+        return []
+    inputs = make_inputs(case.neighbour)
+    ours = dataclasses.replace(
+        layers.public(inputs), name="neighbour", layer="neighbour", threads=threads
+    )
+    return checked(case.neighbour, inputs, [ours])
 
 
 def tolerance(case: Case) -> float:
@@ -92,11 +112,12 @@ def _time_case(
     try:
         inputs = make_inputs(case)
         judged = checked(case, inputs, lineup(inputs, threads=threads[0], compiled=compiled))
+        judged += _with_neighbour(case, threads[0])
     finally:
         torch.set_num_threads(before)
-    right = [one for one, error in judged if error is None or error <= tolerance(case)]
+    right = [one for one, verdict in judged if _may_be_timed(case, verdict)]
     samples = time_together(right, seconds)
-    entries = [_entry(one, error, samples) for one, error in judged]
+    entries = [_entry(one, verdict, samples) for one, verdict in judged]
     if case.bound != "overhead":
         pair = [one for one in right if one.name in (OURS, RIVALS[case.op])]
         for count in threads[1:]:
@@ -118,9 +139,15 @@ def _time_more_threads(pair: Sequence[Contestant], threads: int, seconds: float)
         yield dataclasses.replace(_entry(one, None, samples), speedup=speedup)
 
 
-def _entry(one: Contestant, error: float | None, samples: dict[str, list[Sample]]) -> Entry:
-    if one.name not in samples:  # a wrong result is reported, not timed
-        return Entry(one.name, one.layer, one.threads, error, {}, {})
+def _may_be_timed(case: Case, verdict: float | str | None) -> bool:
+    return verdict is None or (isinstance(verdict, float) and verdict <= tolerance(case))
+
+
+def _entry(one: Contestant, verdict: float | str | None, samples: dict[str, list[Sample]]) -> Entry:
+    failure = verdict if isinstance(verdict, str) else None
+    error = verdict if isinstance(verdict, float) and math.isfinite(verdict) else None
+    if one.name not in samples:  # what is wrong or failed is reported, not timed
+        return Entry(one.name, one.layer, one.threads, error, {}, {}, failure=failure)
     seconds, ratio = summarise(samples[one.name]), ratios(samples, OURS, one.name)
     return Entry(one.name, one.layer, one.threads, error, seconds, ratio)
 

@@ -16,6 +16,33 @@ GIGA = 1e9
 NOTHING = "-"
 
 
+# Who is who.
+WHO = {
+    "T1": "literal: class means in a loop, (z - c)^2, softmax, log, Python branch for lambda",
+    "T2": "cdist squared and cross-entropy, Python branch for lambda",
+    "T3": "as T4, but differentiates through the class means: more work, another gradient",
+    "T4": "expert: one matrix product a modality, fused cross-entropy, lambda as a tensor",
+    "literal": "(z - c)^2, softmax, log",
+    "cdist": "cdist squared and cross-entropy",
+    "addmm": "one matrix product and cross-entropy",
+    "lce": "torch.nn.functional.linear_cross_entropy, options=None",
+    "lce auto": "the same with LinearCrossEntropyOptions(): chunked, sizes chosen by torch",
+    "ProxyNCA": "pytorch-metric-learning's ProxyNCALoss, squared distance, fixed proxies",
+    "gemm": "the two matrix products alone, results preallocated: a bound, not a loss",
+    "one-hot": "class means by a matrix product",
+    "index_add": "class means by scattered additions",
+    "D1": "kl_div for each active source, log_target=True, and cross-entropy",
+    "D2": "as D1, but the student's softmax is formed again for each source",
+    "D3": "sources as one tensor (stacking is not timed), weights as a tensor",
+    "D4": "by the mean of the sources' logits: the fewest passes that we know in eager torch",
+    "torchdistill": "torchdistill's KDLoss for each source; its cross-entropy is computed S times",
+    "T4 compile": "T4 under torch.compile(fullgraph=True, dynamic=False), compiled before timing",
+    "D1 compile": "D1 likewise",
+    "D3 compile": "D3 likewise",
+    "neighbour": "our function on the aligned neighbour, or on as many sources as are active",
+}
+
+
 @dataclass(frozen=True)
 class Table:
     """A titled table of words."""
@@ -27,11 +54,18 @@ class Table:
 
 
 def tables(run: Run) -> list[Table]:
-    """Goals, then each op against its peers, then our layers, then peak memory."""
+    """Goals, each op against its peers, our layers, peak memory, and who the peers are."""
     compared = [
         _op_table(op, cases) for op in OPS if (cases := [c for c in run.cases if c.op == op])
     ]
-    every = [_goal_table(run), *compared, _layer_table(run), _memory_table(run)]
+    who = [(name, WHO[name]) for name in _names(run.cases, lambda e: e.name in WHO)]
+    every = [
+        _goal_table(run),
+        *compared,
+        _layer_table(run),
+        _memory_table(run),
+        Table("Who takes part", ("name", "what it is"), who),
+    ]
     return [table for table in every if table.rows]
 
 
@@ -85,8 +119,10 @@ def _spread(seconds: Spread) -> str:
 def _ratio(entry: Entry | None, phase: str = "both") -> str:
     if entry is None:
         return NOTHING
+    if entry.failure is not None:
+        return "failed"
     if not entry.seconds:
-        return f"wrong ({entry.error:.0e})"
+        return f"wrong ({entry.error:.0e})" if entry.error is not None else "wrong (nan)"
     return f"{entry.ratio[phase].median:.2f}x" if phase in entry.ratio else NOTHING
 
 

@@ -43,16 +43,17 @@ def spread(values: Sequence[float]) -> Spread:
 def _sample(one: Contestant, steps: int, clock: Callable[[], float] = time.perf_counter) -> Sample:
     forward, backward = one.forward, one.backward
     ahead = back = 0.0
-    for _ in range(steps):
-        start = clock()
-        state = forward()
-        middle = clock()
-        if backward is not None:
-            backward(state)
-        del state  # freeing counts: a training step does it too
-        end = clock()
-        ahead += middle - start
-        back += end - middle
+    with one.context():
+        for _ in range(steps):
+            start = clock()
+            state = forward()
+            middle = clock()
+            if backward is not None:
+                backward(state)
+            del state  # freeing counts: a training step does it too
+            end = clock()
+            ahead += middle - start
+            back += end - middle
     phases = {"forward": ahead / steps, "both": (ahead + back) / steps}
     return phases if backward is None else {**phases, "backward": back / steps}
 

@@ -13,6 +13,7 @@ from pycdgkd.bench.cases import CASES, Case
 from pycdgkd.bench.contestants import Contestant
 from pycdgkd.bench.inputs import exact_result, largest_error, make_inputs
 from pycdgkd.bench.lineup import installed_peers, lineup
+from pycdgkd.bench.table import WHO
 
 EAGER = {
     "teacher_loss": {"T1", "T2", "T3", "T4"},
@@ -31,10 +32,12 @@ def test_contestants_agree_with_the_reference(case: Case) -> None:
     contestants = lineup(inputs, compiled=False)
     names = {one.name for one in contestants}
     assert {"pycdgkd", "op"} | EAGER[case.op] <= names
+    assert names - {"pycdgkd", "op", "kernel"} <= set(WHO)
+    assert {f"{name} compile" for name in case.compiled} <= set(WHO)
     assert ("kernel" in names) == (case.dtype != "bfloat16")
     limit = 1e-4 if case.dtype == "float32" else 1e-2
     for one, error in run.checked(small, inputs, contestants):
-        assert error is not None, one.name
+        assert isinstance(error, float), (one.name, error)
         assert error < limit, one.name
 
 
@@ -51,14 +54,24 @@ def test_installed_packages_and_new_torch_take_part() -> None:
     assert "D2" in distilled
 
 
-def test_bounds_and_neighbours_are_timed_but_compute_no_loss_to_check() -> None:
-    case = Case("prototype_loss", 8192, 100, 64, neighbour=Case("prototype_loss", 8, 2, 64))
+def test_a_bound_is_timed_but_computes_no_loss_to_check() -> None:
+    case = Case("prototype_loss", 8192, 100, 64)
     inputs = make_inputs(case)
     contestants = lineup(inputs, compiled=False)
     errors = {one.name: error for one, error in run.checked(case, inputs, contestants)}
     assert case.bound == "flops"
-    assert errors["gemm"] is errors["neighbour"] is None
-    assert [one.result()[0] for one in contestants if one.name == "neighbour"]
+    assert errors["gemm"] is None
+    assert run._may_be_timed(case, errors["gemm"])
+
+
+def test_a_neighbour_is_checked_on_its_own_inputs() -> None:
+    case = Case("prototype_loss", 8, 3, 5, neighbour=Case("prototype_loss", 9, 3, 5))
+    ((one, error),) = run._with_neighbour(case, 1)
+    assert (one.name, one.layer) == ("neighbour", "neighbour")
+    assert one.backward is not None
+    assert one.backward(one.forward())[0].shape == (9, 5)
+    assert isinstance(error, float)
+    assert error < 1e-5
 
 
 def test_compiled_peers_agree_with_the_reference() -> None:
@@ -104,12 +117,27 @@ def test_a_wrong_result_of_ours_stops_and_a_peers_is_left_out() -> None:
     inputs = make_inputs(case)
     wrong = Contestant("off", lambda: torch.tensor(1.0), lambda _: [torch.zeros(16, 3)])
     (_, error), *_ = run.checked(case, inputs, [wrong])
-    assert error is not None
+    assert isinstance(error, float)
     assert error > run.tolerance(case)
     entry = run._entry(wrong, error, {})
     assert (entry.seconds, entry.ratio) == ({}, {})
     with pytest.raises(RuntimeError, match=r"distillation_loss/N16-K3-S2: off: wrong result"):
         run.checked(case, inputs, [dataclasses.replace(wrong, layer="op")])
+
+
+def test_a_failing_peer_is_told_and_ours_stops() -> None:
+    def broken() -> None:
+        raise OSError("no compiler here")
+
+    case = Case("distillation_loss", 16, 3, sources=2)
+    inputs = make_inputs(case)
+    peer = Contestant("D1 compile", broken, None)
+    ((_, verdict),) = run.checked(case, inputs, [peer])
+    assert verdict == "OSError: no compiler here"
+    assert not run._may_be_timed(case, verdict)
+    assert run._entry(peer, verdict, {}).failure == verdict
+    with pytest.raises(OSError, match="no compiler here"):
+        run.checked(case, inputs, [dataclasses.replace(peer, layer="public")])
 
 
 def test_errors_count_nan_and_missing_gradients() -> None:

@@ -80,9 +80,10 @@ def test_the_tables_show_losing_and_wrong_results(record: Run) -> None:
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert any(line.startswith("Some CPU @ 3 GHz (x86_64), 2 cores") for line in lines)
     assert (
-        "N16384-D1024-K2 10 ms (9 ms - 12 ms) 9.00x 0.50x wrong (1e-01) - 13.42 67% 1e-06" in lines
+        "N16384-D1024-K2 10 ms (9 ms - 12 ms) 9.00x 0.50x wrong (1e-01) failed - 13.42 67% 1e-06"
+        in lines
     )
-    assert "N16384-D1024-K2-strided 20 ms (18 ms - 24 ms) - - - 0.50x 6.71 34% 1e-06" in lines
+    assert "N16384-D1024-K2-strided 20 ms (18 ms - 24 ms) - - - - 0.50x 6.71 34% 1e-06" in lines
     name = "prototype_loss/N16384-D1024-K2"
     assert f"{name} 1.5 ms 4.5 ms - - 2.5 ms 7.5 ms 1.60x 1.90x (addmm) 40" in lines
     assert f"{name} 65 200" in lines
