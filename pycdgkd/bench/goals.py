@@ -122,10 +122,14 @@ GOALS: tuple[Goal, ...] = (
 )
 
 
-def judged(run: Run) -> Iterator[tuple[Goal, CaseRecord, Spread]]:
-    """Every goal that the run measured, in the order of ``GOALS``."""
+def judged(run: Run) -> Iterator[tuple[Goal, CaseRecord, Spread | None]]:
+    """Every goal of the cases that were run, with its figure or None if that was not measured.
+
+    Where dispatch is all, more threads are not timed: that goal is left out.
+    """
     for goal in GOALS:
         for case in run.cases:
-            value = goal.measured(case) if fnmatch.fnmatchcase(case.name, goal.cases) else None
-            if value is not None:
-                yield goal, case, value
+            if fnmatch.fnmatchcase(case.name, goal.cases):
+                value = goal.measured(case)
+                if value is not None or goal.measure != "threads":
+                    yield goal, case, value

@@ -43,8 +43,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _huge_pages() -> str:
+    """When fresh memory comes in huge pages; torch asks for them where its variable is set."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    asked = " (torch asks)" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
+    return text.partition("[")[2].partition("]")[0] + asked
+
+
 def describe() -> dict[str, Any]:
-    """Processor, cores, caches, memory, kernel."""
+    """Processor, cores, caches, memory, huge pages, kernel."""
     memory = _first_line("/proc/meminfo", "MemTotal").split(" ")[0]
     return {
         "processor": _first_line("/proc/cpuinfo", "model name").replace("(R)", ""),
@@ -52,6 +62,7 @@ def describe() -> dict[str, Any]:
         "cores": available_cores(),
         "caches": _caches(),
         "memory_gib": round(int(memory) / MIB, 1) if memory.isdigit() else None,
+        "huge_pages": _huge_pages(),
         "kernel": f"{platform.system()} {platform.release()}",
     }
 

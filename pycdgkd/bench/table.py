@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .cases import KL_OPS, MIB, OPS
-from .goals import OURS, judged
+from .goals import OURS, Goal, judged
 from .records import CaseRecord, Entry, Run, Spread
 
 GIGA = 1e9
@@ -75,7 +75,8 @@ def heading(run: Run) -> list[str]:
     packages = [name for name, there in settings["packages"].items() if there]
     lines = [
         f"{machine['processor']} ({machine['architecture']}), {machine['cores']} cores, "
-        f"caches {machine['caches']}, {machine['memory_gib']} GiB, {machine['kernel']}",
+        f"caches {machine['caches']}, {machine['memory_gib']} GiB, huge pages: "
+        f"{machine['huge_pages']}, {machine['kernel']}",
         f"pycdgkd {software['pycdgkd']} at {software['commit']}, {software['instructions']} "
         f"kernels; torch {software['torch']} ({software['torch_instructions']}), numpy "
         f"{software['numpy']}, python {software['python']}",
@@ -164,19 +165,21 @@ def _rates(case: CaseRecord) -> tuple[str, ...]:
 
 def _goal_table(run: Run) -> Table:
     rows = [
-        (
-            case.name,
-            goal.words,
-            f"{value.median:.2f}",
-            f"{value.p10:.2f} - {value.p90:.2f}" if value.p10 != value.p90 else NOTHING,
-            "met" if goal.met(value.median) else "NOT MET",
-            limit_words(case),
-        )
+        (case.name, goal.words, *_verdict(goal, value), limit_words(case))
         for goal, case, value in judged(run)
     ]
-    reached = sum(row[4] == "met" for row in rows)
+    met, missed = (sum(row[4] == word for row in rows) for word in ("met", "NOT MET"))
+    rest = len(rows) - met - missed
+    title = f"Goals: {met} of {met + missed} met" + (f", {rest} not measured" if rest else "")
     header = ("case", "goal", "median", "p10 - p90", "", "what bounds the case: how near we are")
-    return Table(f"Goals: {reached} of {len(rows)} met", header, rows)
+    return Table(title, header, rows)
+
+
+def _verdict(goal: Goal, value: Spread | None) -> tuple[str, str, str]:
+    if value is None:
+        return NOTHING, NOTHING, "not measured"
+    between = f"{value.p10:.2f} - {value.p90:.2f}" if value.p10 != value.p90 else NOTHING
+    return f"{value.median:.2f}", between, "met" if goal.met(value.median) else "NOT MET"
 
 
 def _names(cases: Iterable[CaseRecord], wanted: Callable[[Entry], bool]) -> list[str]:

@@ -59,10 +59,11 @@ def _sample(one: Contestant, steps: int, clock: Callable[[], float] = time.perf_
 
 
 def _steps(one: Contestant) -> int:
-    """How many steps make a sample, from the faster of two trial steps after a first one."""
+    """How many steps make a sample: by the fastest of three trial steps, or one if it is slow."""
     torch.set_num_threads(one.threads)
-    _sample(one, 1)
-    seconds = min(_sample(one, 1)["both"] for _ in range(2))
+    seconds = _sample(one, 1)["both"]
+    if seconds < 20 * SAMPLE_SECONDS:
+        seconds = min(_sample(one, 1)["both"] for _ in range(2))
     return max(1, min(MOST_STEPS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 

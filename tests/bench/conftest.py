@@ -77,6 +77,7 @@ def record() -> Run:
         "cores": 2,
         "caches": "L1d 48K, L2 2048K",
         "memory_gib": 24.0,
+        "huge_pages": "madvise",
         "kernel": "Linux 6",
     }
     software = {

@@ -51,6 +51,7 @@ def judged_words(run: Run) -> dict[tuple[str, str], tuple[float, bool]]:
             goal.met(value.median),
         )
         for goal, case, value in goals.judged(run)
+        if value is not None
     }
 
 
@@ -62,6 +63,15 @@ def test_goals_are_judged_by_the_median(record: Run) -> None:
         ("", ">= 1.6x with 2 threads"): (1.6, True),
         ("-strided", "<= 1.3x the neighbour's cost"): (2.0, False),
     }
+
+
+def test_goals_that_were_not_measured_are_told(record: Run) -> None:
+    large = record.cases[0]
+    fewer = [entry for entry in large.entries if entry.name != "addmm"]
+    run = dataclasses.replace(record, cases=[dataclasses.replace(large, entries=fewer)])
+    (goal_table, *_) = table.tables(run)
+    assert goal_table.title == "Goals: 1 of 3 met, 1 not measured"
+    assert (">= 8x addmm", "-", "-", "not measured") in {row[1:5] for row in goal_table.rows}
 
 
 def test_less_memory_than_the_peer(record: Run) -> None:
