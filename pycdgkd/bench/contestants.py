@@ -12,10 +12,6 @@ from torch import Tensor
 
 from .inputs import Inputs, Result
 
-OURS = "pycdgkd"
-OP = "op"
-KERNEL = "kernel"
-
 
 @dataclass(frozen=True)
 class Contestant:
@@ -26,7 +22,6 @@ class Contestant:
     backward: Callable[[Any], Sequence[Any]] | None
     value: Callable[[Any], Any] = lambda state: state
     value_of: str = ""  # which entry of inputs.VALUES it computes; "": the case's op
-    compiled: bool = False
     threads: int = 1
     context: Callable[[], AbstractContextManager[object]] = nullcontext  # around its calls
     layer: str = "peer"  # "public", "op", "kernel", "peer" or "neighbour"

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .records import CaseRecord, Run, Spread
+from .records import OURS, CaseRecord, Run, Spread
 
-OURS = "pycdgkd"
 Measure = Literal["ratio", "copy", "memory", "neighbour", "threads"]
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 import pycdgkd
 from pycdgkd import _C, ops
 
-from .contestants import KERNEL, OP, OURS, Contestant, differentiable
+from .contestants import Contestant, differentiable
 from .inputs import KD_WEIGHT, PROTO_WEIGHT, TEMPERATURE, Inputs
+from .records import OURS
 
 _IGNORE = -100
 _MEAN = ops.REDUCTIONS["mean"]
@@ -159,7 +160,7 @@ def op(i: Inputs) -> Contestant:
     """The ops alone: checks, allocation, launch."""
     forward, backward = _OP_CALLS[i.case.op](i)
     return Contestant(
-        OP,
+        "op",
         forward,
         backward,
         _op_value(i.case.op),
@@ -188,11 +189,11 @@ def _prototype_kernel(i: Inputs) -> Contestant:
 
     if i.case.op == "convergence_rates":
         return Contestant(
-            KERNEL, forward, None, lambda state: [p.sum() for _, p, _, _ in state], layer="kernel"
+            "kernel", forward, None, lambda state: [p.sum() for _, p, _, _ in state], layer="kernel"
         )
     value_of = "teacher_loss kernels" if of_batch else ""
     return Contestant(
-        KERNEL,
+        "kernel",
         forward,
         backward,
         lambda state: sum(loss for loss, *_ in state) / N,
@@ -205,7 +206,7 @@ def _class_prototypes_kernel(i: Inputs) -> Contestant:
     z, classes = i.features[0].detach().numpy(), i.labels.int().numpy()
     K, grad = i.case.classes, i.grad_output.numpy()
     return Contestant(
-        KERNEL,
+        "kernel",
         lambda: _C.kernels.class_prototypes(z, classes, K),
         lambda _: [_C.kernels.class_prototypes_backward(grad, classes)],
         lambda state: state[0],
@@ -223,7 +224,7 @@ def _kl_kernel(i: Inputs) -> Contestant:
     weights = [power * w for w in i.weights]
     reverse, one = i.case.direction == "reverse", i.grad_output.double().reshape(1).numpy()
     return Contestant(
-        KERNEL,
+        "kernel",
         lambda: _C.kernels.distillation_loss(
             logits, sources, classes, weights, beta, TEMPERATURE, reverse
         ),

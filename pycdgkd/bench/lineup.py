@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import layers, peers
 from .contestants import Contestant, differentiable
-from .inputs import TEMPERATURE, Inputs
+from .inputs import KD_WEIGHT, TEMPERATURE, Inputs
 
 # The peer that is timed with more threads too: the strongest form in eager torch.
 RIVALS = {
@@ -116,9 +116,10 @@ def _kl_forms(i: Inputs) -> dict[str, Form]:
 def _torchdistill(weights: Sequence[float]) -> Callable[..., Tensor]:
     from torchdistill.losses.mid_level import KDLoss
 
-    alpha = 1 - peers.BETA
+    alpha = 1 - KD_WEIGHT
     losses = [
-        KDLoss("s", "o", "t", "o", peers.T, alpha=alpha * w, beta=peers.BETA * w) for w in weights
+        KDLoss("s", "o", "t", "o", TEMPERATURE, alpha=alpha * w, beta=KD_WEIGHT * w)
+        for w in weights
     ]
 
     def value(logits: Tensor, sources: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def compiled_peers(i: Inputs) -> list[Contestant]:
     for name in i.case.compiled:
         function, arguments = forms[name]
         form = (torch.compile(function, fullgraph=True, dynamic=False), arguments)
-        found.append(differentiable(f"{name} compile", _call(form), i, compiled=True))
+        found.append(differentiable(f"{name} compile", _call(form), i))
     return found
 
 

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ALPHA = BETA = 0.5
-T = 2.0
+from .inputs import KD_WEIGHT, PROTO_WEIGHT, TEMPERATURE
 
 # ---- teacher_loss --------------------------------------------------------------------------------
 
 
 def _teacher(logits: Tensor, labels: Tensor, proto: Tensor) -> Tensor:
-    return (1 - ALPHA) * F.cross_entropy(logits, labels) + ALPHA * proto
+    return (1 - PROTO_WEIGHT) * F.cross_entropy(logits, labels) + PROTO_WEIGHT * proto
 
 
 def _python_lambda(losses: list[Tensor], rates: list[Tensor]) -> Tensor:
@@ -159,10 +158,10 @@ def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 def d1(logits: Tensor, sources: Sequence[Tensor], weights: Sequence[float], fwd: bool) -> Tensor:
     """One kl_div a source."""
-    log_p = (logits / T).log_softmax(1)
+    log_p = (logits / TEMPERATURE).log_softmax(1)
     kl = torch.zeros(())
     for weight, source in zip(weights, sources, strict=True):
-        log_q = (source / T).log_softmax(1)
+        log_q = (source / TEMPERATURE).log_softmax(1)
         kl = kl + weight * (_kl(log_p, log_q) if fwd else _kl(log_q, log_p))
     return kl
 
@@ -171,25 +170,25 @@ def d2(logits: Tensor, sources: Sequence[Tensor], weights: Sequence[float], fwd:
     """One kl_div a source, the student's softmax formed again each time."""
     kl = torch.zeros(())
     for weight, source in zip(weights, sources, strict=True):
-        log_p, log_q = (logits / T).log_softmax(1), (source / T).log_softmax(1)
+        log_p, log_q = (logits / TEMPERATURE).log_softmax(1), (source / TEMPERATURE).log_softmax(1)
         kl = kl + weight * (_kl(log_p, log_q) if fwd else _kl(log_q, log_p))
     return kl
 
 
 def d3(logits: Tensor, stacked: Tensor, weights: Tensor, fwd: bool) -> Tensor:
     """All sources as one tensor (S, N, K), weights on the device."""
-    log_p = (logits / T).log_softmax(1)
-    log_q = (stacked / T).log_softmax(2)
+    log_p = (logits / TEMPERATURE).log_softmax(1)
+    log_q = (stacked / TEMPERATURE).log_softmax(2)
     ratio = (log_q.exp() * (log_q - log_p)) if fwd else (log_p.exp() * (log_p - log_q))
     return weights @ ratio.sum((1, 2)) / len(logits)
 
 
 def d4(logits: Tensor, sources: Sequence[Tensor], weights: Sequence[float], fwd: bool) -> Tensor:
     """Reverse KL by one source with the mean logits; forward KL by the mean probabilities."""
-    student = logits / T
+    student = logits / TEMPERATURE
     log_p = student.log_softmax(1)
     if fwd:
-        log_qs = [(source / T).log_softmax(1) for source in sources]
+        log_qs = [(source / TEMPERATURE).log_softmax(1) for source in sources]
         mean, entropy = torch.zeros_like(logits), torch.zeros(())
         for weight, log_q in zip(weights, log_qs, strict=True):
             q = log_q.exp()
@@ -198,11 +197,11 @@ def d4(logits: Tensor, sources: Sequence[Tensor], weights: Sequence[float], fwd:
         return (entropy - (mean * log_p).sum()) / len(logits)
     mean, lse = torch.zeros_like(logits), torch.zeros(())
     for weight, source in zip(weights, sources, strict=True):
-        mean = torch.add(mean, source, alpha=weight / T)
-        lse = lse + weight * (source / T).logsumexp(1).sum()
+        mean = torch.add(mean, source, alpha=weight / TEMPERATURE)
+        lse = lse + weight * (source / TEMPERATURE).logsumexp(1).sum()
     return ((log_p.exp() * (log_p - mean)).sum() + lse) / len(logits)
 
 
 def with_cross_entropy(kl: Tensor, logits: Tensor, labels: Tensor, factor: float) -> Tensor:
     """Eq. 9."""
-    return (1 - BETA) * F.cross_entropy(logits, labels) + BETA * factor * kl
+    return (1 - KD_WEIGHT) * F.cross_entropy(logits, labels) + KD_WEIGHT * factor * kl

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from pycdgkd.errors import require
 from pycdgkd.files import write_atomically
 
-from .goals import GOALS, OURS
-from .records import CaseRecord, Run
+from .goals import GOALS
+from .records import OURS, CaseRecord, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +88,7 @@ PANELS = (
 
 def draw(run: Run, stem: Path) -> list[Path]:
     """Write ``STEM-scaling.svg`` and ``STEM-ratios.svg``; what holds no data is left out."""
-    matplotlib = require("matplotlib", "train")
+    matplotlib = require("matplotlib", "bench")
     with matplotlib.rc_context(STYLE):
         figures = {"scaling": _scaling(run), "ratios": _goal_bars(run)}
         written = []
@@ -131,7 +131,7 @@ def _scaling(run: Run) -> Figure | None:
     panels = [(panel, cases) for panel, cases in panels if len(cases) > 1]
     if not panels:
         return None
-    figure: Figure = require("matplotlib.figure", "train").Figure(
+    figure: Figure = require("matplotlib.figure", "bench").Figure(
         figsize=(4.2 * len(panels), 3.9), layout="constrained"
     )
     for axes, (panel, cases) in zip(
@@ -174,7 +174,7 @@ def _goal_bars(run: Run) -> Figure | None:
     ]
     if not bars:
         return None
-    figure: Figure = require("matplotlib.figure", "train").Figure(
+    figure: Figure = require("matplotlib.figure", "bench").Figure(
         figsize=(7.6, 0.9 + 0.27 * len(bars)), layout="constrained"
     )
     axes = figure.subplots()

@@ -11,9 +11,8 @@ from pycdgkd.errors import InputError
 from pycdgkd.files import write_text
 
 from . import plots, records, table
-from .goals import OURS
 from .machine import available_cores
-from .records import CaseRecord, Run
+from .records import OURS, CaseRecord, Run
 
 
 def check_options(threads: Sequence[int], seconds: float | None, out: Path | None) -> None:
@@ -74,6 +73,6 @@ def write_run(run: Run, folder: Path) -> list[Path]:
     stored = records.load(record)  # the table of what is kept, to the last digit
     write_text(words, f"## {stem.name}\n\n{table.report(stored, markdown=True)}")
     if importlib.util.find_spec("matplotlib") is None:
-        print('no plots: matplotlib is not installed; remedy: pip install "pycdgkd[train]"')
+        print('no plots: matplotlib is not installed; remedy: pip install "pycdgkd[bench]"')
         return [record, words]
     return [record, words, *plots.draw(stored, stem)]

@@ -11,12 +11,12 @@ import torch
 
 from . import layers, memory
 from .cases import Case
-from .contestants import OURS, Contestant
+from .contestants import Contestant
 from .inputs import Inputs, Result, exact_result, largest_error, make_inputs
 from .lineup import RIVALS, installed_peers, lineup
 from .machine import describe
 from .probes import probe, software
-from .records import CaseRecord, Entry, Probes, Run
+from .records import OURS, CaseRecord, Entry, Probes, Run
 from .timing import Sample, ratios, summarise, time_together
 
 SECONDS = 5.0  # of timing a case

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .cases import KL_OPS, MIB, OPS
-from .goals import OURS, Goal, judged
-from .records import CaseRecord, Entry, Run, Spread
+from .goals import Goal, judged
+from .records import OURS, CaseRecord, Entry, Run, Spread
 
 GIGA = 1e9
 NOTHING = "-"
