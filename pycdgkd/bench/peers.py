@@ -33,11 +33,6 @@ def _python_lambda(losses: list[Tensor], rates: list[Tensor]) -> Tensor:
     return total
 
 
-def _device_lambda(losses: list[Tensor], rates: list[Tensor]) -> Tensor:
-    rate = torch.stack(rates)
-    return (((rate.max() - rate) / rate).clamp(0, 1) * torch.stack(losses)).sum()
-
-
 def t1(logits: Tensor, features: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Eqs. 1-6 word by word."""
     losses, rates = [], []
@@ -76,15 +71,18 @@ def _linear_form(z: Tensor, c: Tensor) -> Tensor:
 def _expert(
     logits: Tensor, features: Sequence[Tensor], labels: Tensor, through_means: bool
 ) -> Tensor:
-    one_hot = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    counts = one_hot.sum(0).clamp(min=1)
-    losses, rates = [], []
+    """Eqs. 1-6 with the fewest and fastest operations: F.linear is half an addmm with alpha=2."""
+    M, (N, K) = len(features), logits.shape
+    one_hot = (labels == torch.arange(K)[:, None]).to(logits.dtype)
+    averaging = one_hot / one_hot.sum(1, keepdim=True).clamp_(min=1)  # (K, N)
+    parts = []
     for z in features:
-        c = _class_means(z if through_means else z.detach(), one_hot, counts)
-        row_loss = F.cross_entropy(_linear_form(z, c), labels, reduction="none")
-        losses.append(row_loss.mean())
-        rates.append((-row_loss.detach()).exp().sum())
-    return _teacher(logits, labels, _device_lambda(losses, rates))
+        c = averaging @ (z if through_means else z.detach())
+        parts.append(F.linear(z, 2 * c, -c.square().sum(1)))
+    row_loss = F.cross_entropy(torch.cat(parts), labels.repeat(M), reduction="none").view(M, N)
+    rate = row_loss.detach().neg().exp().sum(1)
+    weight = ((rate.max() - rate) / rate).clamp_(0, 1)
+    return _teacher(logits, labels, torch.dot(weight, row_loss.mean(1)))
 
 
 def t3(logits: Tensor, features: Sequence[Tensor], labels: Tensor) -> Tensor:
