@@ -205,7 +205,8 @@ def _op_table(op: str, cases: Sequence[CaseRecord]) -> Table:
             )
         )
     note = (
-        "Forward and backward. A peer's column is its time over ours, median of the rounds; "
+        "Forward and backward together (the record also has them apart). A peer's column is its "
+        "time over ours, median of the rounds; "
         "GB/s on the least bytes of the case; error: largest of ours, relative, against float64."
     )
     return Table(op, header, rows, note)
