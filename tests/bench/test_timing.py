@@ -64,7 +64,8 @@ def test_rounds_are_interleaved_in_random_order(monkeypatch: pytest.MonkeyPatch)
 
     threads, collecting = torch.get_num_threads(), gc.isenabled()
     contestants = [contestant("a", 1), contestant("b", 2), contestant("c", 1)]
-    samples = timing.time_together(contestants, budget=0.0)
+    tick_by_seconds(monkeypatch)
+    samples = timing.time_together(contestants, budget=3.0)
     assert (torch.get_num_threads(), gc.isenabled()) == (threads, collecting)
     assert {name: len(found) for name, found in samples.items()} == dict.fromkeys(
         "abc", timing.FEWEST_ROUNDS
@@ -76,6 +77,19 @@ def test_rounds_are_interleaved_in_random_order(monkeypatch: pytest.MonkeyPatch)
     assert set(seen) == {("a", 1), ("b", 2), ("c", 1)}
 
 
-def test_more_time_makes_more_rounds_up_to_a_limit() -> None:
+def tick_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every round take one second of the budget."""
+    seconds = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(seconds)))
+
+
+@pytest.mark.parametrize(
+    ("budget", "rounds"),
+    [(0.5, timing.SLOW_ROUNDS), (3.0, timing.FEWEST_ROUNDS), (9.5, 9), (1e6, timing.MOST_ROUNDS)],
+)
+def test_the_budget_sets_the_rounds(
+    budget: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick_by_seconds(monkeypatch)
     one = Contestant("one", lambda: 0, None)
-    assert len(timing.time_together([one], budget=60.0)["one"]) == timing.MOST_ROUNDS
+    assert len(timing.time_together([one], budget)["one"]) == rounds
