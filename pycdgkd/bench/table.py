@@ -51,6 +51,7 @@ class Table:
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     note: str = ""
+    words: int = 1  # how many columns are words and not figures
 
 
 def tables(run: Run) -> list[Table]:
@@ -64,7 +65,7 @@ def tables(run: Run) -> list[Table]:
         *compared,
         _layer_table(run),
         _memory_table(run),
-        Table("Who takes part", ("name", "what it is"), who),
+        Table("Who takes part", ("name", "what it is"), who, words=2),
     ]
     return [table for table in every if table.rows]
 
@@ -273,7 +274,7 @@ def as_text(table: Table) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
     lines = [
         "  ".join(
-            text.ljust(width) if i == 0 else text.rjust(width)
+            text.ljust(width) if i < table.words else text.rjust(width)
             for i, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -288,7 +289,7 @@ def as_markdown(table: Table) -> str:
         "",
         *([table.note, ""] if table.note else []),
         *(f"| {' | '.join(row)} |" for row in [table.header]),
-        "| --- |" + " ---: |" * (len(table.header) - 1),
+        "| --- " * table.words + "| ---: " * (len(table.header) - table.words) + "|",
         *(f"| {' | '.join(row)} |" for row in table.rows),
     ]
     return "\n".join([*lines, ""])

@@ -44,3 +44,8 @@ def test_a_record_changes_the_table(
     assert "old" not in found
     monkeypatch.setattr(render, "HERE", tmp_path)
     assert render.main(["--check"]) == 1
+    pytest.importorskip("matplotlib")
+    assert render.main([]) == 0
+    assert render.main(["--check"]) == 0
+    written = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "![some-cpu-ratios](results/some-cpu-ratios.svg)" in written
