@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def rendered(folder: Path = HERE) -> str:
+def rendered(folder: Path) -> str:
     """README.md with the tables of every stored record between its two marks."""
     readme = (folder / "README.md").read_text(encoding="utf-8")
     head, _, rest = readme.partition(BEGIN)
@@ -34,13 +34,13 @@ def _section(folder: Path, path: Path) -> str:
 def main(arguments: list[str]) -> int:
     readme = HERE / "README.md"
     if arguments == ["--check"]:
-        if readme.read_text(encoding="utf-8") == rendered():
+        if readme.read_text(encoding="utf-8") == rendered(HERE):
             return 0
         print("benchmarks/README.md is not what results/*.json say; run: make bench-table")
         return 1
     for path in sorted((HERE / "results").glob("*.json")):
         plots.draw(records.load(path), path.with_suffix(""))
-    readme.write_text(rendered(), encoding="utf-8")
+    readme.write_text(rendered(HERE), encoding="utf-8")
     return 0
 
 
