@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 OTHER_TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint bench sanitize wheel wheel-proof clean
+.PHONY: install demo test lint bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
 
 install: $(VENV)/.built
 
@@ -27,7 +27,7 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 demo: install
 	$(BIN)/pycdgkd demo --out $(OUT) $(DEMO_FLAGS)
 
-test: install
+test: install bench-smoke
 	$(BIN)/python -m pytest
 
 lint: install
@@ -36,9 +36,24 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
+# Kernel, op and public function of every case, timed apart.
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# The same code once in small sizes: a check, not a measurement.
+bench-smoke: install
+	$(BIN)/python -m pytest benchmarks --benchmark-disable --quiet
+
+# All cases against all peers, about a quarter of an hour on an idle machine.
+bench-report: install
+	$(BIN)/python -m pip install --quiet pytorch-metric-learning torchdistill
+	$(BIN)/pycdgkd bench --threads 1 2 --out benchmarks/results
+	rm -f benchmarks/results/*.md
+	$(MAKE) bench-table
+
+bench-table: install
+	$(BIN)/python benchmarks/render.py
 
 # An environment that sees the packages of $(VENV) but not its editable install of pycdgkd.
 define environment_beside

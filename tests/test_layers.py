@@ -92,7 +92,7 @@ def test_the_walk_sees_imports() -> None:
 @pytest.mark.parametrize("one", ["losses", "models", "data"])
 def test_losses_models_and_data_never_import_one_another(one: str) -> None:
     others = {"losses", "models", "data"} - {one}
-    higher = {"training", "report", "cli", "predict", "doctor", "experiments"}
+    higher = {"training", "bench", "report", "cli", "predict", "doctor", "experiments"}
     for module, imported in IMPORTS.items():
         if layer(module) == one:
             assert not {layer(name) for name in imported} & (others | higher), module
@@ -105,12 +105,17 @@ def test_the_core_imports_nothing_above_it() -> None:
 
 
 def test_only_ops_knows_the_compiled_module() -> None:
-    assert users_of("_C") <= {"ops", "doctor"}
+    assert users_of("_C") <= {"ops", "doctor", "bench"}
     assert users_of("_cuda") <= {"ops", "doctor"}
 
 
 def test_the_reference_stays_out_of_the_fast_path() -> None:
-    assert users_of("reference") <= {"doctor"}
+    assert users_of("reference") <= {"doctor", "bench"}
+
+
+def test_one_module_of_the_benchmarks_knows_our_ops_and_kernels() -> None:
+    inside = {name for name, imported in IMPORTS.items() if {"_C", "ops"} & imported}
+    assert {name for name in inside if layer(name) == "bench"} == {"bench.layers"}
 
 
 @pytest.mark.parametrize("layers", [("training", "cli"), ("training", "report")])

@@ -153,6 +153,36 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """Time the losses beside their peers; tables, and with --out files."""
+    from pycdgkd.bench.cases import select
+    from pycdgkd.bench.report import check_options, show_case, write_run
+
+    cases = select(arguments.case, arguments.op, quick=arguments.quick)
+    if arguments.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    check_options(arguments.threads, arguments.seconds, arguments.out)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    from pycdgkd.bench import run
+    from pycdgkd.bench.table import report
+
+    result = run.run(
+        cases,
+        threads=arguments.threads,
+        seconds=arguments.seconds or (run.QUICK_SECONDS if arguments.quick else run.SECONDS),
+        compiled=not arguments.quick,
+        peaks=not arguments.quick,
+        progress=show_case(len(cases)),
+    )
+    print(f"\n{report(result)}")
+    if arguments.out is not None:
+        for path in write_run(result, arguments.out):
+            print(f"written  {path}")
+    return 0
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Check the installation; exit status 0 if the core works, 1 otherwise."""
     from pycdgkd.doctor import examine

@@ -167,6 +167,37 @@ def _add_report(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
 
 
+def _add_bench(parser: Parser) -> None:
+    parser.add_argument(
+        "--case", metavar="GLOB", help="cases by name, e.g. 'teacher_loss/N128*' (quote it)"
+    )
+    parser.add_argument("--op", metavar="NAME", help="cases of one op, e.g. distillation_loss")
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="threads of all contestants; ours and the strongest eager peer also with each "
+        "further number (default: 1; the stored results have 1 2)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few cases, no torch.compile: about a minute"
+    )
+    parser.add_argument(
+        "--seconds", metavar="X", type=float, help="time of a case (default: 5; with --quick 1.5)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="also write JSON, Markdown and plots there"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases' names, time nothing")
+    parser.epilog = (
+        "All contestants run in turns, in random order, and ratios are formed within a round.\n"
+        "A ratio below 1 means that the other is faster. Peers from other packages take part\n"
+        'where they are installed: pip install "pycdgkd[bench]"'
+    )
+
+
 def _add_nothing(parser: Parser) -> None:
     del parser
 
@@ -190,6 +221,7 @@ _COMMANDS = {
     ),
     "predict": (commands.predict, _add_predict, _NOTHING_KEPT, "emotion over time of a video"),
     "report": (commands.report, _add_report, _NOTHING_KEPT, "write a run's report.html again"),
+    "bench": (commands.bench, _add_bench, _NOTHING_KEPT, "time the losses beside their peers"),
     "doctor": (commands.doctor, _add_nothing, _NOTHING_KEPT, "check this installation"),
 }
 

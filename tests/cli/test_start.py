@@ -17,7 +17,7 @@ from pycdgkd.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
-COMMANDS = ("demo", "prepare", "train", "evaluate", "predict", "report", "doctor")
+COMMANDS = ("demo", "prepare", "train", "evaluate", "predict", "report", "bench", "doctor")
 
 
 def run_blocked(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,6 +65,8 @@ def configuration_errors(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "bad value": ([*train, "--set", "distill.kd_weight=2"], "distill.kd_weight"),
         "bad label": ([*train, "--label", "joy"], "arousal"),
         "bad preset": ([*train, "--preset", "huge"], "nano"),
+        "no such case": (["bench", "--case", "x"], "no case matches 'x'"),
+        "bad threads": (["bench", "--threads", "0"], "expected numbers from 1"),
         "missing cache": (train, "no cache at"),
         "bad rate": ([*prepare, "--fps", "-3"], "fps must be"),
         "missing root": (["prepare", "deap", str(tmp_path / "none"), "x"], "no recordings at"),

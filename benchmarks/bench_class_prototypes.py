@@ -1,0 +1,13 @@
+"""class_prototypes: raw kernels, op, public function, timed apart."""
+
+from __future__ import annotations
+
+from harness import every_layer, time_layer
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from pycdgkd.bench.cases import Case
+
+
+@every_layer("class_prototypes")
+def test_class_prototypes(benchmark: BenchmarkFixture, case: Case, layer: str, phase: str) -> None:
+    time_layer(benchmark, case, layer, phase)

@@ -1,0 +1,13 @@
+"""multi_source_kl: raw kernels, op, public function, timed apart."""
+
+from __future__ import annotations
+
+from harness import every_layer, time_layer
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from pycdgkd.bench.cases import Case
+
+
+@every_layer("multi_source_kl")
+def test_multi_source_kl(benchmark: BenchmarkFixture, case: Case, layer: str, phase: str) -> None:
+    time_layer(benchmark, case, layer, phase)
