@@ -175,6 +175,8 @@ struct Kernels {
   void (*scale_rows)(const ScaleRows&, ParallelFor);
   void (*exp_float)(const float* x, float* y, int64_t count);
   void (*exp_double)(const double* x, double* y, int64_t count);
+  void (*log_float)(const float* x, float* y, int64_t count);
+  void (*log_double)(const double* x, double* y, int64_t count);
 };
 
 namespace cpu {

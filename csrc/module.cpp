@@ -219,6 +219,17 @@ py::array_t<A> exp_array(const py::array_t<A, py::array::c_style>& x) {
   return y;
 }
 
+template <class A>
+py::array_t<A> log_array(const py::array_t<A, py::array::c_style>& x) {
+  py::array_t<A> y(x.size());
+  if constexpr (sizeof(A) == 4) {
+    cpu::kernels().log_float(x.data(), y.mutable_data(), x.size());
+  } else {
+    cpu::kernels().log_double(x.data(), y.mutable_data(), x.size());
+  }
+  return y;
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = PYCDGKD_COMPILER;
@@ -256,6 +267,8 @@ PYBIND11_MODULE(_C, m) {
         "-> the gradient (N, K) times one factor, or one a row.");
   k.def("exp", &exp_array<float>, py::arg("x").noconvert(), "The kernels' own exponential.");
   k.def("exp", &exp_array<double>, py::arg("x").noconvert());
+  k.def("log", &log_array<float>, py::arg("x").noconvert(), "The kernels' own logarithm.");
+  k.def("log", &log_array<double>, py::arg("x").noconvert());
 }
 
 }  // namespace pycdgkd

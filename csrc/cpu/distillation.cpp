@@ -1,156 +1,354 @@
 // Eq. 9: cross-entropy and the weighted divergences to all sources, value and gradient in one pass.
-#include "lanes.h"
+//
+// Rows of few classes are worked on kLanes side by side, longer ones one by one, in pieces: see
+// lanes.h and softmax_rows.h.
+#include "softmax_rows.h"
 
 namespace pycdgkd {
 namespace PYCDGKD_ISA {
 namespace {
 
-// Working memory of one block of rows, each array (K, kLanes).
-template <class A>
+constexpr int64_t kFewClasses = 64;  // up to here rows lie side by side
+
+template <class A, int64_t R>
 struct Workspace {
-  explicit Workspace(int64_t K)
-      : count(K * kLanes),
-        storage(6 * count),
-        logits(storage.get()),
-        prob(logits + count),
-        source(prob + count),
-        source_prob(source + count),
-        slope(source_prob + count),
-        grad(slope + count) {}
-  int64_t count;
-  Scratch<A> storage;
-  A *logits, *prob, *source, *source_prob, *slope, *grad;
-  A maximum[kLanes];  // of the logits
-  double log_sum[kLanes];
+  explicit Workspace(const Distillation& d)
+      : rows(d.K),
+        active(count_active(d)),
+        table(R == 1 ? 0 : rows.width),
+        storage(2 * rows.full + (3 + 2 * active) * rows.width),
+        bases((1 + active) * rows.pieces),
+        positions((3 + active) * table),
+        sources(active),
+        inverse_temperature(static_cast<A>(1.0 / d.temperature)),
+        power(d.temperature == 1.0   ? 1
+              : d.temperature == 2.0 ? 2
+                                     : 0) {
+    prob = storage.get();
+    slope = prob + rows.full;
+    staging = slope + rows.full;
+    if (R != 1) {
+      lane_positions(d.K, d.K, 1, positions.get());
+      inverse_positions(d.K, positions.get() + table);
+    }
+    set(student, d.logits, 1.0, 0);
+    student.exps = prob;
+    int64_t next = 0;
+    for (int64_t j = 0; j < d.S; ++j) {
+      if (d.source_weights[j] == 0.0) continue;
+      set(sources.get()[next], d.sources[j], d.source_weights[j], next + 1);
+      ++next;
+    }
+  }
+
+  static int64_t count_active(const Distillation& d) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < d.S; ++j) count += d.source_weights[j] != 0.0 ? 1 : 0;
+    return count;
+  }
+
+  void set(Softmax<A>& s, const Matrix& m, double weight, int64_t index) {
+    constexpr Dtype same = sizeof(A) == 4 ? Dtype::float32 : Dtype::float64;
+    int32_t* direct = positions.get() + (2 + index) * table;
+    const bool reachable =
+        R != 1 && m.dtype == same && lane_positions(rows.K, m.row_stride, m.col_stride, direct);
+    s.reader = {m, rows.K, positions.get(), reachable ? direct : nullptr, staging};
+    s.weight = static_cast<A>(weight);
+    s.inverse_temperature = inverse_temperature;
+    s.values = staging + rows.width + 2 * index * rows.width;
+    s.exps = s.values + rows.width;
+    s.bases = bases.get() + index * rows.pieces;
+  }
+
+  Rows<R> rows;
+  int64_t active, table;
+  Scratch<A> storage, bases;
+  Scratch<int32_t> positions;  // tables of `transpose.h`: contiguous rows, back again, each matrix
+  Scratch<Softmax<A>> sources;
+  A inverse_temperature;
+  int power;  // e^a is this power of e^(a / temperature); 0: another exponential
+  A *prob, *slope, *staging;
+  Softmax<A> student;
+  // Of the rows at hand:
+  A on[kLanes];  // 0: the row takes no part
+  int32_t classes[kLanes];
+  double others[kLanes];  // sums of e^(a - maximum) but for the true class
+  double mean[kLanes];    // of slope: what takes the gradient's sum over the classes to 0
 };
 
-// Adds w KL(p || q), or w KL(q || p), to `sum` and, to `slope`, what the gradient needs:
-// reverse: w (s - t) / T but for a constant of the row, forward: w (p - q). The log-ratio of p and
-// q is formed from s - t, not from two logarithms: near p = q those would cancel.
-template <class A>
-void add_source(const Distillation& d, Workspace<A>& w, A weight, A inverse_temperature,
-                LaneSum<double>& sum) {
-  const bool reverse = d.direction == Direction::reverse;
-  A source_maximum[kLanes], anchor[kLanes], offset[kLanes], log_ratio[kLanes];
-  double log_sum[kLanes];
-  lane_softmax(w.source, d.K, inverse_temperature, w.source_prob, source_maximum, log_sum);
-  // s - t is taken relative to the likeliest class of the weighing distribution: only what the
-  // others add to it moves the gradient.
-  reverse ? lane_at_maximum(w.logits, w.maximum, w.source, d.K, anchor)
-          : lane_at_maximum(w.source, source_maximum, w.logits, d.K, anchor);
+// The line, counted from class `begin`, that holds the true class in each lane, if one does.
+template <class A, int64_t R>
+void true_lines(const Workspace<A, R>& w, int64_t begin, A* line) {
   for (int64_t r = 0; r < kLanes; ++r) {
-    const A difference = reverse ? w.maximum[r] - anchor[r] : anchor[r] - source_maximum[r];
-    offset[r] = difference - difference == A(0) ? difference : A(0);  // 0 beside -inf
-    const double rest =
-        shifted_difference(static_cast<double>(w.maximum[r]),
-                           static_cast<double>(source_maximum[r]), static_cast<double>(offset[r]));
-    log_ratio[r] = static_cast<A>(w.log_sum[r] - log_sum[r] + rest / d.temperature);
-  }
-  LaneSum<A> share;
-  for (int64_t k = 0; k < d.K; ++k) {
-    const int64_t row = k * kLanes;
-#pragma omp simd
-    for (int64_t r = 0; r < kLanes; ++r) {
-      const A p = w.prob[row + r], q = w.source_prob[row + r];
-      const A difference = shifted_difference(w.logits[row + r], w.source[row + r], offset[r]);
-      const A delta = difference * inverse_temperature;
-      const A x = log_ratio[r] - delta;  // log q - log p
-      if (reverse) {
-        share.part[r] += kl_share(p, q, x);
-        w.slope[row + r] += weight * (p == A(0) ? A(0) : delta);
-      } else {
-        share.part[r] += kl_share(q, p, -x);
-        w.slope[row + r] -= weight * probability_difference(p, q, x);
-      }
+    if (R == 1) {
+      const int64_t k = w.classes[0] - begin;
+      line[r] = k >= 0 && k % kLanes == r ? static_cast<A>(k / kLanes) : A(-1);
+    } else {
+      line[r] = static_cast<A>(w.classes[r]);
     }
-    share.step();
   }
-  share.flush();
-  for (int64_t r = 0; r < kLanes; ++r) sum.total[r] += static_cast<double>(weight) * share.total[r];
 }
 
-// Adds factor * d KL / d logits: reverse (1/T) p (delta - E_p delta), forward (1/T) (p - qbar). The
-// latter sums to 0 but for the rounding of log_ratio, which p times the sum takes out again.
-template <class A>
-void add_divergence_grad(const Distillation& d, const Workspace<A>& w, A factor, const A* lane_on) {
-  const bool reverse = d.direction == Direction::reverse;
-  LaneSum<A> sum;
-  for (int64_t k = 0; k < d.K; ++k) {
-#pragma omp simd
-    for (int64_t r = 0; r < kLanes; ++r) {
-      const A slope = w.slope[k * kLanes + r];
-      sum.part[r] += reverse ? w.prob[k * kLanes + r] * slope : slope;
-    }
-    sum.step();
+template <class A, int64_t R>
+void true_logits(const Workspace<A, R>& w, A* value) {
+  if constexpr (R == 1) {
+    const int32_t k = w.classes[0];
+    load_row(w.student.reader.matrix, w.rows.first, k >= 0 ? k : 0, value, 1, 1);
+    for (int64_t r = 1; r < kLanes; ++r) value[r] = value[0];
+  } else {
+    A line[kLanes];
+    true_lines(w, 0, line);
+    lane_at_line(w.student.values, line, w.rows.K, value);
   }
-  sum.flush();
-  A mean[kLanes];
-  for (int64_t r = 0; r < kLanes; ++r) mean[r] = static_cast<A>(sum.total[r]);
-  for (int64_t k = 0; k < d.K; ++k) {
+}
+
+// term(plain) for plain(k, r) = e^(a - maximum), from the exponentials at the temperature if one
+// is a small power of the other.
+template <class A, int64_t R, class Body>
+void with_plain_exps(const Workspace<A, R>& w, const A* exps, const A* values, const A* maximum,
+                     const Body& body) {
+  if (w.power == 1) {
+    body([=](int64_t k, int64_t r) { return exps[k * kLanes + r]; });
+  } else if (w.power == 2) {
+    body([=](int64_t k, int64_t r) { return exps[k * kLanes + r] * exps[k * kLanes + r]; });
+  } else {
+    body(
+        [=](int64_t k, int64_t r) { return exp_nonpositive(values[k * kLanes + r] - maximum[r]); });
+  }
+}
+
+// Maximum and sums of the student, also those that the cross-entropy needs.
+template <class A, int64_t R>
+void student_sums(const Distillation& d, Workspace<A, R>& w) {
+  const Softmax<A>& s = w.student;
+  const bool find = d.direction == Direction::reverse && w.active > 0;
+  for (int64_t r = 0; r < kLanes; ++r) w.others[r] = 0.0;
+  softmax_sums(w.rows, w.student, find, [&](const Piece& p, const A* older, const A* base) {
+    if (d.classes == nullptr) return;
+    A line[kLanes];
+    double sum[kLanes];
+    true_lines(w, p.begin, line);
+    const int64_t place = w.rows.place(p);
+    with_plain_exps(w, s.exps + place, s.values + place, base, [&](const auto& plain) {
+      lane_sum<A, R>(p.height, sum, [&](int64_t k, int64_t r) {
+        return plain(k, r) * (static_cast<A>(k) == line[r] ? A(0) : A(1));
+      });
+    });
+    add_rescaled(older, base, A(1), sum, w.others);
+  });
+}
+
+// s - t is taken relative to the likeliest class of the weighing distribution (`offset`): only what
+// the others add to it moves the gradient. `log_ratio` is log q - log p + (s - t - offset) / T.
+template <class A, int64_t R>
+void prepare_source(const Distillation& d, const Workspace<A, R>& w, Softmax<A>& source) {
+  const bool reverse = d.direction == Direction::reverse;
+  const Softmax<A>& s = w.student;
+  A anchor[kLanes];
+  reverse ? at_likeliest(w.rows, s, source, anchor) : at_likeliest(w.rows, source, s, anchor);
+  const A inverse_temperature = w.inverse_temperature;
+#pragma omp simd
+  for (int64_t r = 0; r < kLanes; ++r) {
+    const A difference = reverse ? s.maximum[r] - anchor[r] : anchor[r] - source.maximum[r];
+    const A offset = difference - difference == A(0) ? difference : A(0);  // 0 beside -inf
+    const A rest = shifted_difference(s.maximum[r], source.maximum[r], offset);
+    const A ratio = static_cast<A>(s.total[r]) / static_cast<A>(source.total[r]);
+    source.offset[r] = offset;
+    source.log_ratio[r] = log_(ratio) + rest * inverse_temperature;
+  }
+}
+
+// Adds w KL(p || q), or w KL(q || p), to `kl` and, to `slope`, what the gradient needs:
+// reverse: w (s - t) / T but for a constant of the row, forward: w (p - q). The log-ratio of p and
+// q is formed from s - t, not from two logarithms: near p = q those would cancel.
+template <class A, int64_t R>
+void add_source(const Distillation& d, const Workspace<A, R>& w, const Softmax<A>& source,
+                const Piece& p, const A* prob, A* slope, double* kl) {
+  const int64_t place = w.rows.place(p);
+  const A *s = w.student.values + place, *t = source.values + place, *exps = source.exps + place;
+  const A weight = source.weight, inverse_temperature = w.inverse_temperature;
+  A inverse[kLanes], offset[kLanes], log_ratio[kLanes];
+  inverse_total(w.rows, source, p, inverse);
+  for (int64_t r = 0; r < kLanes; ++r) {
+    offset[r] = source.offset[r];
+    log_ratio[r] = source.log_ratio[r];
+  }
+  const auto distance = [&](int64_t at, int64_t r) {
+    return shifted_difference(s[at], t[at], offset[r]);
+  };
+  double share[kLanes];
+  if (d.direction == Direction::reverse) {
+    const A factor = weight * inverse_temperature;
+    lane_sum<A, R>(p.height, share, [&](int64_t k, int64_t r) {
+      const int64_t at = k * kLanes + r;
+      const A gap = distance(at, r);
+      slope[at] += factor * gap;
+      return kl_share(prob[at], exps[at] * inverse[r], log_ratio[r] - gap * inverse_temperature);
+    });
+  } else {
+    lane_sum<A, R>(p.height, share, [&](int64_t k, int64_t r) {
+      const int64_t at = k * kLanes + r;
+      const A q = exps[at] * inverse[r];
+      const A x = log_ratio[r] - distance(at, r) * inverse_temperature;  // log q - log p
+      slope[at] -= weight * probability_difference(prob[at], q, x);
+      return kl_share(q, prob[at], -x);
+    });
+  }
+  for (int64_t r = 0; r < kLanes; ++r) kl[r] += static_cast<double>(weight) * share[r];
+}
+
+// Fills w.prob, w.slope and w.mean, and adds the divergences to `kl`.
+template <class A, int64_t R>
+void divergences(const Distillation& d, Workspace<A, R>& w, double* kl) {
+  const bool reverse = d.direction == Direction::reverse;
+  for (int64_t r = 0; r < kLanes; ++r) w.mean[r] = 0.0;
+  w.rows.for_pieces([&](const Piece& p) {
+    A *prob = w.prob + p.begin, *slope = w.slope + p.begin;
+    A inverse[kLanes];
+    bring_back(w.rows, w.student, p, prob);
+    inverse_total(w.rows, w.student, p, inverse);
+    for (int64_t k = 0; k < p.height; ++k) {
+#pragma omp simd
+      for (int64_t r = 0; r < kLanes; ++r) {
+        prob[k * kLanes + r] *= inverse[r];
+        slope[k * kLanes + r] = A(0);
+      }
+    }
+    for (int64_t j = 0; j < w.active; ++j) {
+      const Softmax<A>& source = w.sources.get()[j];
+      bring_back(w.rows, source, p, source.exps);
+      add_source(d, w, source, p, prob, slope, kl);
+    }
+    double sum[kLanes];
+    lane_sum<A, R>(p.height, sum, [=](int64_t k, int64_t r) {
+      const A q = prob[k * kLanes + r], x = slope[k * kLanes + r];
+      return reverse ? (q == A(0) ? A(0) : q * x) : x;
+    });
+    for (int64_t r = 0; r < kLanes; ++r) w.mean[r] += sum[r];
+  });
+}
+
+// Turns slope into factor * d KL / d logits: reverse (1/T) p (delta - E_p delta), forward
+// (1/T) (p - qbar). The latter sums to 0 but for the rounding of log_ratio, which p times the sum
+// takes out again.
+template <class A, int64_t R>
+void divergence_grad(const Distillation& d, const Workspace<A, R>& w, int64_t height, const A* prob,
+                     A* slope) {
+  const bool reverse = d.direction == Direction::reverse;
+  const A factor = static_cast<A>(d.kl_factor) * w.inverse_temperature;
+  A mean[kLanes], on[kLanes];
+  for (int64_t r = 0; r < kLanes; ++r) {
+    mean[r] = static_cast<A>(w.mean[r]);
+    on[r] = w.on[r];
+  }
+  for (int64_t k = 0; k < height; ++k) {
 #pragma omp simd
     for (int64_t r = 0; r < kLanes; ++r) {
       const int64_t at = k * kLanes + r;
-      const A p = w.prob[at], slope = w.slope[at];
-      const A centred = reverse ? p * (slope - mean[r]) : slope - p * mean[r];
-      const A grad = reverse && p == A(0) ? A(0) : centred;
-      w.grad[at] += lane_on[r] != A(0) ? factor * grad : A(0);
+      const A p = prob[at];
+      const A centred = reverse ? p * (slope[at] - mean[r]) : slope[at] - p * mean[r];
+      slope[at] = on[r] == A(0) || (reverse && p == A(0)) ? A(0) : factor * centred;
     }
   }
 }
 
-// The divergences of one block: fills row_kl (kLanes) and adds to w.grad.
-template <class A>
-void divergences(const Distillation& d, Workspace<A>& w, int64_t first, int64_t rows,
-                 const A* lane_on, double* row_kl) {
-  for (int64_t r = 0; r < kLanes; ++r) row_kl[r] = 0.0;
-  for (int64_t at = 0; at < w.count; ++at) w.slope[at] = w.grad[at] = A(0);
-  if (d.S == 0) return;
-  const A inverse_temperature = static_cast<A>(1.0 / d.temperature);
-  lane_softmax(w.logits, d.K, inverse_temperature, w.prob, w.maximum, w.log_sum);
-  LaneSum<double> sum;
-  for (int64_t j = 0; j < d.S; ++j) {
-    if (d.source_weights[j] == 0.0) continue;
-    load_lanes(d.sources[j], first, rows, d.K, w.source);
-    add_source(d, w, static_cast<A>(d.source_weights[j]), inverse_temperature, sum);
-  }
-  for (int64_t r = 0; r < kLanes; ++r) row_kl[r] = lane_on[r] != A(0) ? sum.total[r] : 0.0;
-  if (d.grad != nullptr && d.kl_factor != 0.0) {
-    add_divergence_grad(d, w, static_cast<A>(d.kl_factor) * inverse_temperature, lane_on);
-  }
-}
-
-// Cross-entropy at temperature 1: returns the block's sum and adds to w.grad.
-template <class A>
-double add_cross_entropy(const Distillation& d, Workspace<A>& w, const int32_t* classes) {
-  A loss[kLanes], true_prob[kLanes];
-  lane_cross_entropy(w.logits, d.K, classes, w.prob, loss, true_prob, w.slope);
+// Adds the cross-entropy's gradient.
+template <class A, int64_t R>
+void add_cross_entropy_grad(const Distillation& d, const Workspace<A, R>& w,
+                            const CrossEntropy<A>& ce, const Piece& piece, const A* prob, A* grad) {
+  const A* values = w.student.values + w.rows.place(piece);
   const A factor = static_cast<A>(d.ce_factor);
-  for (int64_t at = 0; at < w.count; ++at) w.grad[at] += factor * w.slope[at];
-  double sum = 0.0;
-  for (int64_t r = 0; r < kLanes; ++r) sum += static_cast<double>(loss[r]);
-  return sum;
+  A scale[kLanes], on[kLanes], line[kLanes], complement[kLanes];
+  true_lines(w, piece.begin, line);
+  for (int64_t r = 0; r < kLanes; ++r) {
+    on[r] = w.on[r];
+    complement[r] = factor * ce.complement[r];
+    scale[r] = factor * ce.inverse[r];
+    for (int i = 0; i < w.power; ++i) scale[r] *= static_cast<A>(w.student.total[r]);
+  }
+  with_plain_exps(w, prob, values, w.student.maximum, [&](const auto& plain) {
+    for (int64_t k = 0; k < piece.height; ++k) {
+      const A number = static_cast<A>(k);
+#pragma omp simd
+      for (int64_t r = 0; r < kLanes; ++r) {
+        const A p = plain(k, r) * (number == line[r] ? A(0) : scale[r]);
+        const A residual = p + (number == line[r] ? complement[r] : A(0));
+        grad[k * kLanes + r] += on[r] == A(0) ? A(0) : residual;
+      }
+    }
+  });
 }
 
-template <class A>
-void block(const Distillation& d, Workspace<A>& w, int64_t index) {
-  const int64_t first = index * kBlockRows;
-  const int64_t rows = d.N - first < kBlockRows ? d.N - first : kBlockRows;
-  int32_t classes[kLanes];
-  A lane_on[kLanes];
-  if (d.classes != nullptr) load_classes(d.classes, first, rows, classes);
+template <class A, int64_t R>
+void gradient(const Distillation& d, Workspace<A, R>& w, const CrossEntropy<A>& ce) {
+  const bool with_kl = w.active > 0 && d.kl_factor != 0.0;
+  w.rows.for_pieces([&](const Piece& p) {
+    A *prob = w.prob + p.begin, *slope = w.slope + p.begin;
+    if (with_kl) {
+      divergence_grad(d, w, p.height, prob, slope);
+    } else {
+      for (int64_t at = 0; at < p.height * kLanes; ++at) slope[at] = A(0);
+    }
+    if (d.classes != nullptr) {
+      if (w.power == 0 && !w.rows.kept) load(w.rows, w.student, p);
+      add_cross_entropy_grad(d, w, ce, p, prob, slope);
+    }
+    A* grad = static_cast<A*>(d.grad) + w.rows.first * d.K + p.begin;
+    if constexpr (R == 1) {
+      convert_row(slope, grad, p.count);
+    } else {
+      permute(slope, w.positions.get() + w.table, grad, w.rows.rows * d.K);
+    }
+  });
+}
+
+// Everything of the rows at hand: their cross-entropies, divergences and gradients.
+template <class A, int64_t R>
+void some_rows(const Distillation& d, Workspace<A, R>& w, A* loss, double* kl) {
+  const bool reverse = d.direction == Direction::reverse;
   for (int64_t r = 0; r < kLanes; ++r) {
-    lane_on[r] = r < rows && (d.classes == nullptr || classes[r] >= 0) ? A(1) : A(0);
+    w.classes[r] = d.classes != nullptr && r < w.rows.rows ? d.classes[w.rows.first + r]
+                                                           : (d.classes == nullptr ? 0 : -1);
+    w.on[r] = r < w.rows.rows && w.classes[r] >= 0 ? A(1) : A(0);
+    kl[r] = 0.0;
   }
-  load_lanes(d.logits, first, rows, d.K, w.logits);
-  double row_kl[kLanes];
-  divergences(d, w, first, rows, lane_on, row_kl);
-  d.block_kl[index] = 0.0;
-  for (int64_t r = 0; r < rows; ++r) {
-    d.block_kl[index] += row_kl[r];
-    if (d.row_kl != nullptr) static_cast<A*>(d.row_kl)[first + r] = static_cast<A>(row_kl[r]);
+  for (int64_t r = 1; r < kLanes && R == 1; ++r) w.on[r] = w.on[0];
+  student_sums(d, w);
+  CrossEntropy<A> ce;
+  if (d.classes != nullptr) {
+    A true_logit[kLanes];
+    true_logits(w, true_logit);
+    lane_losses(w.student.maximum, true_logit, w.others, w.on, ce);
+    for (int64_t r = 0; r < R; ++r) loss[r] = ce.loss[r];
   }
-  d.block_ce[index] = d.classes != nullptr ? add_cross_entropy(d, w, classes) : 0.0;
-  if (d.grad != nullptr) store_lanes(w.grad, first, rows, d.K, static_cast<A*>(d.grad));
+  for (int64_t j = 0; j < w.active; ++j) {
+    softmax_sums(w.rows, w.sources.get()[j], !reverse, [](const Piece&, const A*, const A*) {});
+  }
+  for (int64_t j = 0; j < w.active; ++j) prepare_source(d, w, w.sources.get()[j]);
+  divergences(d, w, kl);
+  for (int64_t r = 0; r < R; ++r) kl[r] = w.on[r] != A(0) ? kl[r] : 0.0;
+  if (d.grad != nullptr) gradient(d, w, ce);
+}
+
+template <class A, int64_t R>
+void block(const Distillation& d, Workspace<A, R>& w, int64_t index) {
+  const int64_t begin = index * kBlockRows;
+  const int64_t end = d.N - begin < kBlockRows ? d.N : begin + kBlockRows;
+  double ce_sum = 0.0, kl_sum = 0.0;
+  for (int64_t first = begin; first < end; first += R) {
+    A loss[kLanes] = {};
+    double kl[kLanes];
+    w.rows.first = first;
+    w.rows.rows = end - first < R ? end - first : R;
+    some_rows(d, w, loss, kl);
+    for (int64_t r = 0; r < w.rows.rows; ++r) {
+      ce_sum += static_cast<double>(loss[r]);
+      kl_sum += kl[r];
+      if (d.row_kl != nullptr) static_cast<A*>(d.row_kl)[first + r] = static_cast<A>(kl[r]);
+    }
+  }
+  d.block_ce[index] = ce_sum;
+  d.block_kl[index] = kl_sum;
 }
 
 template <class A>
@@ -168,11 +366,11 @@ void scale(const ScaleRows& s, ParallelFor threads) {
   });
 }
 
-template <class A>
+template <class A, int64_t R>
 void run(const Distillation& d, ParallelFor threads) {
   parallel_for(threads, num_blocks(d.N), kBlockRows * d.K * (d.S + 2),
                [&](int64_t begin, int64_t end) {
-                 Workspace<A> workspace(d.K);
+                 Workspace<A, R> workspace(d);
                  for (int64_t index = begin; index < end; ++index) block(d, workspace, index);
                });
 }
@@ -180,7 +378,11 @@ void run(const Distillation& d, ParallelFor threads) {
 }  // namespace
 
 void distillation(const Distillation& d, ParallelFor threads) {
-  d.wide ? run<double>(d, threads) : run<float>(d, threads);
+  if (d.K <= kFewClasses) {
+    d.wide ? run<double, kLanes>(d, threads) : run<float, kLanes>(d, threads);
+  } else {
+    d.wide ? run<double, 1>(d, threads) : run<float, 1>(d, threads);
+  }
 }
 
 void scale_rows(const ScaleRows& s, ParallelFor threads) {

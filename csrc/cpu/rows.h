@@ -43,6 +43,10 @@ void parallel_for(ParallelFor run, int64_t count, int64_t cost, const Body& body
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : (dtype == Dtype::float32 ? 4 : 2);
+}
+
 // to[j * to_stride] = from[j * stride] for j < count.
 template <class T, class A>
 inline void copy_row(const T* from, int64_t stride, A* to, int64_t to_stride, int64_t count) {

@@ -26,6 +26,12 @@ void exp_array(const A* x, A* y, int64_t count) {
   for (int64_t j = 0; j < count; ++j) y[j] = exp_(x[j]);
 }
 
+template <class A>
+void log_array(const A* x, A* y, int64_t count) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) y[j] = log_(x[j]);
+}
+
 }  // namespace
 
 extern const Kernels table;
@@ -43,6 +49,8 @@ const Kernels table = {
     scale_rows,
     exp_array<float>,
     exp_array<double>,
+    log_array<float>,
+    log_array<double>,
 };
 
 }  // namespace PYCDGKD_ISA

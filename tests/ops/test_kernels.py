@@ -181,6 +181,40 @@ def test_exp_of_special_values(dtype: type) -> None:
         assert np.array_equal(kernels.exp(x[:length]), expected[:length], equal_nan=True)
 
 
+def log_arguments(dtype: type) -> np.ndarray:
+    """All binades, subnormals and the neighbourhood of 1, where the logarithm is small."""
+    info = np.finfo(dtype)
+    rng = np.random.default_rng(0)
+    lowest, highest = np.log2(float(info.smallest_normal)), np.log2(float(info.max))
+    parts = [
+        np.exp2(rng.uniform(lowest, highest - 1e-3, 1_000_000)),
+        np.exp2(rng.uniform(lowest - info.nmant, lowest, 100_000)),
+        rng.uniform(0.5, 2.0, 1_000_000),
+        1 + rng.uniform(-1, 1, 100_000) * np.exp2(rng.uniform(-info.nmant, -4, 100_000)),
+        np.array([info.smallest_subnormal, info.smallest_normal, info.max, 0.5**0.5, 2.0**0.5]),
+    ]
+    return np.concatenate(parts).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_log_over_the_whole_range(dtype: type) -> None:
+    wider = np.float64 if dtype is np.float32 else np.longdouble
+    if np.finfo(wider).nmant <= np.finfo(dtype).nmant:
+        pytest.skip("this machine's long double is no wider than double")
+    x = log_arguments(dtype)
+    exact = np.log(x.astype(wider))
+    assert ulps(kernels.log(x), exact, exact.astype(dtype)) < 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_log_of_special_values(dtype: type) -> None:
+    x = np.array([1.0, 0.0, -0.0, np.inf, -np.inf, np.nan, -1.0, -1e-40, 1.0], dtype=dtype)
+    nan = np.nan
+    expected = np.array([0.0, -np.inf, -np.inf, np.inf, nan, nan, nan, nan, 0.0], dtype=dtype)
+    for length in range(1, len(x) + 1):  # in the vector loop and in its remainder
+        assert np.array_equal(kernels.log(x[:length]), expected[:length], equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_pattern_is_read_exactly(dtype: torch.dtype) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)

@@ -1,0 +1,100 @@
+"""Rows that the kernels cut into pieces: kept up to 65536 classes, computed twice beyond."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import assert_grad, assert_value, double_leaf, make_logits
+from torch import Tensor
+
+import pycdgkd
+from pycdgkd import reference
+
+SIZES = [64, 65, 1024, 1025, 5000, 65536, 65537, 70001]
+INF = torch.inf
+
+
+def compare(logits: Tensor, sources: list[Tensor], labels: Tensor, **options: object) -> None:
+    exact = double_leaf(logits)
+    expected = reference.distillation_loss(exact, [t.double() for t in sources], labels, **options)
+    fused = logits.clone().requires_grad_()
+    result = pycdgkd.distillation_loss(fused, sources, labels, **options)
+    for ours, theirs in zip(result, expected, strict=True):
+        assert_value(ours, theirs, logits.dtype)
+    expected[0].backward()
+    result.loss.backward()
+    assert exact.grad is not None
+    assert_grad(fused.grad, exact.grad, logits.dtype)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("K", SIZES)
+def test_matches_reference(K: int, temperature: float, direction: str) -> None:
+    labels = torch.tensor([0, K - 1, min(K - 1, 1024), -100, min(K - 1, 1019)])
+    sources = [make_logits(5, K), make_logits(5, K, dtype=torch.bfloat16)]
+    compare(make_logits(5, K), sources, labels, temperature=temperature, direction=direction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("K", [1500, 66000])
+def test_other_types(K: int, dtype: torch.dtype) -> None:
+    logits, sources = make_logits(3, K, dtype=dtype), [make_logits(3, K, dtype=dtype)]
+    compare(logits, sources, torch.tensor([5, K // 2, K - 2]))
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("K", SIZES[3:])
+def test_the_largest_logit_may_lie_in_any_piece(K: int, direction: str) -> None:
+    """Each piece's sums are relative to the maximum so far, which jumps by 60 here."""
+    logits, source = make_logits(4, K), make_logits(4, K)
+    for row, place in enumerate([0, K // 2, K - 1]):
+        logits[row, place] += 60.0
+        source[row, place] += 59.0
+    logits[3] += torch.linspace(-40.0, 40.0, K)
+    source[3] += torch.linspace(-40.0, 40.0, K)
+    labels = torch.tensor([0, K // 2, K - 1, K - 1])
+    compare(logits, [source], labels, direction=direction)
+
+
+@pytest.mark.parametrize("K", [2500, 70001])
+def test_pieces_without_any_class(K: int) -> None:
+    """Whole pieces of -inf before, between and after the others are as good as absent."""
+    kept = torch.zeros(K, dtype=torch.bool)
+    kept[1200:1300] = kept[2200:2300] = True
+    logits, source = make_logits(2, K), make_logits(2, K)
+    labels = torch.tensor([3, 150])
+    places = kept.nonzero().flatten()
+    short = logits[:, kept].clone().requires_grad_()
+    expected = pycdgkd.distillation_loss(short, [source[:, kept]], labels)
+    expected.loss.backward()
+    logits[:, ~kept], source[:, ~kept] = -INF, -INF
+    leaf = logits.requires_grad_()
+    result = pycdgkd.distillation_loss(leaf, [source], places[labels])
+    result.loss.backward()
+    assert leaf.grad is not None
+    assert short.grad is not None
+    for ours, theirs in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=0)
+    torch.testing.assert_close(leaf.grad[:, kept], short.grad, rtol=1e-5, atol=1e-8)
+    assert torch.equal(leaf.grad[:, ~kept], torch.zeros(2, int((~kept).sum())))
+
+
+@pytest.mark.parametrize("K", [1500, 70001])
+def test_bad_rows_stay_bad_and_alone(K: int) -> None:
+    logits, source = make_logits(5, K), make_logits(5, K)
+    good = pycdgkd.multi_source_kl(logits, [source], reduction="none")
+    logits[0, 0], logits[1, K - 1], logits[2] = torch.nan, INF, -INF
+    source[3, K // 2] = torch.nan
+    rows = pycdgkd.multi_source_kl(logits, [source], reduction="none")
+    assert rows[:4].isnan().all()
+    assert torch.equal(rows[4], good[4])
+
+
+@pytest.mark.parametrize("K", [40, 3000])
+def test_rows_far_apart_in_memory(K: int) -> None:
+    big = torch.full((5 * 300, K + 5), torch.nan)
+    logits = big[::300, 3 : 3 + K]
+    logits.copy_(make_logits(5, K))
+    sources = [make_logits(5, K), make_logits(K, 5).t()]
+    compare(logits, sources, torch.arange(5))
