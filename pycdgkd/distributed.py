@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops import _TeacherLoss
+from .ops import arithmetic_dtype, attach_teacher_gradient
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -43,47 +43,6 @@ def all_reduce_class_means(
     return [_SumOverRanks.apply(local, group) / divisor for local in sums], total
 
 
-class _GlobalTeacherLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        group: Any,
-        modalities: int,
-        labels: Tensor,
-        counts: Tensor | None,
-        options: tuple[Any, ...],
-        logits: Tensor,
-        *rest: Tensor,
-    ) -> tuple[Tensor, ...]:
-        features, prototypes = list(rest[:modalities]), list(rest[modalities:])
-        # What the prototypes' gradient needs leaves the coefficients open until the sums are in.
-        options = (*options[:-2], True, True)
-        *_, saved = torch.ops.pycdgkd.teacher_loss(
-            logits, features, prototypes, labels, counts, *options
-        )
-        sums, coefficients = saved[0].split([3 + 2 * modalities, 1 + modalities])
-        local_rows = sums[1].clamp(min=1)
-        dist.all_reduce(sums, group=group)
-        proto_weight, scale, *_ = options
-        outputs, weights = _combine(sums, modalities, proto_weight)
-        # The op divided the logits' gradient by this rank's rows; both parts want the global
-        # divisor, times the world size that the mean over ranks will take away again.
-        world = dist.get_world_size(group)
-        coefficients[0] = world * local_rows / sums[1].clamp(min=1)
-        coefficients[1:] = world * proto_weight * 2 * scale * weights / sums[2].clamp(min=1)
-        ctx.options, ctx.modalities, ctx.prototypes = options, modalities, len(prototypes)
-        ctx.wanted, ctx.at_once = ctx.needs_input_grad[6:], False
-        ctx.save_for_backward(labels, counts, logits, *features, *saved)
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        results = tuple(output.to(dtype) for output in outputs)
-        ctx.mark_non_differentiable(*results[1:])
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        return None, *_TeacherLoss.backward(ctx, grad_loss)
-
-
 def _combine(
     statistics: Tensor, modalities: int, proto_weight: float
 ) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -103,8 +62,25 @@ def _combine(
 
 def global_teacher_loss(arguments: tuple[Any, ...], group: Any) -> tuple[Tensor, ...]:
     """``teacher_loss`` over the global batch; arguments as the op takes them."""
-    logits, features, prototypes, labels, counts, *options = arguments
-    outputs = _GlobalTeacherLoss.apply(
-        group, len(features), labels, counts, tuple(options), logits, *features, *prototypes
-    )
-    return tuple(outputs)
+    logits, features, prototypes, labels, counts, proto_weight, scale, ignore_index, *_ = arguments
+    # What the prototypes' gradient needs leaves the coefficients open until the sums are in.
+    options = (proto_weight, scale, ignore_index, True, True)
+    with torch.no_grad():
+        *_, saved = torch.ops.pycdgkd.teacher_loss(
+            logits, features, prototypes, labels, counts, *options
+        )
+    modalities = len(features)
+    sums, coefficients = saved[0].split([3 + 2 * modalities, 1 + modalities])
+    local_rows = sums[1].clamp(min=1)
+    dist.all_reduce(sums, group=group)
+    outputs, weights = _combine(sums, modalities, proto_weight)
+    # The op divided the logits' gradient by this rank's rows; both parts want the global divisor,
+    # times the world size that the mean over ranks will take away again.
+    world = dist.get_world_size(group)
+    coefficients[0] = world * local_rows / sums[1].clamp(min=1)
+    coefficients[1:] = world * proto_weight * 2 * scale * weights / sums[2].clamp(min=1)
+    dtype = arithmetic_dtype(logits.dtype)
+    results = tuple(output.to(dtype) for output in outputs)
+    return attach_teacher_gradient(
+        (*results, saved), logits, features, prototypes, labels, counts, *options
+    )[:5]

@@ -214,11 +214,12 @@ def teacher_loss(
                 f"pycdgkd.{name}: class_counts: expected None beside prototypes=None (the batch's "
                 "own counts are used), got a tensor"
             )
-        if process_group is not None or not detach_prototypes:
+        if process_group is not None or not detach_prototypes:  # else the op takes the means itself
             means_of = [z.detach() for z in features] if detach_prototypes else features
-            given, counts = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
-        if process_group is not None:
-            given, counts = all_reduce_class_means(given, counts, process_group)
+            means = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
+            given, counts = (
+                means if process_group is None else all_reduce_class_means(*means, process_group)
+            )
     elif not given:
         raise RuntimeError(
             f"pycdgkd.{name}: prototypes: expected as many tensors as features "

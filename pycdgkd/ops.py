@@ -61,7 +61,7 @@ def _register(name: str, fake: Any, backward: Any = None, setup_context: Any = N
     torch.library.register_autograd(f"pycdgkd::{name}", backward, setup_context=setup_context)
 
 
-_autograd = torch.library.Library("pycdgkd", "IMPL")
+_autograd: Any = cast(Any, torch.library.Library)("pycdgkd", "IMPL")
 
 
 def _register_differentiable(name: str, fake: Any, call: Any) -> None:
@@ -107,12 +107,6 @@ def _is_final(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
         and not _graph_is_kept()
         and grad_loss.item() == 1.0
     )
-
-
-def _scaled(op: Any, grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> Tensor:
-    if _is_final(grad_loss, unit_grad, like):
-        return unit_grad
-    return cast(Tensor, _backward_kernel(op, grad_loss, unit_grad, like))
 
 
 # Without the means to ask, assume that the graph is kept.
@@ -193,36 +187,34 @@ class _PrototypeLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        outputs: Any,
         features: Tensor,
         prototypes: Tensor,
         labels: Tensor,
         class_counts: Tensor | None,
         *options: Any,
-    ) -> tuple[Tensor, ...]:
-        loss, true_prob, saved = _kernel(
-            _prototype_loss, features, prototypes, labels, class_counts, *options
-        )
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(true_prob, *saved)
+    ) -> Tensor:
+        loss, _, saved = outputs
         ctx.options = options
         ctx.save_for_backward(features, prototypes, labels, class_counts, *saved)
-        return loss, true_prob, *saved
+        return cast(Tensor, loss)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-        if grad_loss is None:
-            return (None,) * 9
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
         features, prototypes, labels, class_counts, *saved = ctx.saved_tensors
         *options, need_features, need_prototypes = ctx.options
-        wanted = ctx.needs_input_grad
-        _require_saved(need_features >= wanted[0] and need_prototypes >= wanted[1], "prototype_loss")
+        wanted = ctx.needs_input_grad[1:3]
+        _require_saved(
+            need_features >= wanted[0] and need_prototypes >= wanted[1], "prototype_loss"
+        )
         if len(saved) == 2 and not need_prototypes and _is_final(grad_loss, saved[0], features):
-            return saved[0], *[None] * 8
+            return None, saved[0], *[None] * 8
         grad_features, grad_prototypes = _backward_kernel(
             _prototype_loss_backward, grad_loss, saved, features, prototypes,
             labels, class_counts, *options, need_features, need_prototypes,
         )  # fmt: skip
         return (
+            None,
             grad_features if need_features else None,
             grad_prototypes if need_prototypes else None,
             *[None] * 7,
@@ -231,12 +223,13 @@ class _PrototypeLoss(torch.autograd.Function):
 
 def prototype_loss(
     features: Tensor, prototypes: Tensor, labels: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Any, ...]:
     """The op with its gradient; arguments as in csrc/schemas.cpp."""
+    outputs: tuple[Any, ...] = _kernel(_prototype_loss, features, prototypes, labels, *options)
     if not _wants_graph(features, prototypes):
-        return cast(Any, _kernel(_prototype_loss, features, prototypes, labels, *options))
-    loss, true_prob, *saved = _PrototypeLoss.apply(features, prototypes, labels, *options)
-    return loss, true_prob, saved
+        return outputs
+    loss = _PrototypeLoss.apply(outputs, features, prototypes, labels, *options)
+    return loss, *outputs[1:]
 
 
 def _prototype_loss_backward_fake(
@@ -324,7 +317,13 @@ def _teacher_loss_fake(
     dtype = arithmetic_dtype(logits.dtype)
     small = sum(z.numel() for z in features) <= SMALL_FEATURES
     saved = []
-    if need_grad and not need_prototypes and few and small and all(z.dtype == dtype for z in features):
+    if (
+        need_grad
+        and not need_prototypes
+        and few
+        and small
+        and all(z.dtype == dtype for z in features)
+    ):
         saved = [_new(logits, *logits.shape), *(_new(z, *z.shape) for z in features)]
     elif need_grad:
         saved = [
@@ -346,37 +345,31 @@ class _TeacherLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        outputs: Any,
         modalities: int,
+        options: tuple[Any, ...],
         labels: Tensor,
         class_counts: Tensor | None,
-        options: tuple[Any, ...],
         logits: Tensor,
         *rest: Tensor,
-    ) -> tuple[Tensor, ...]:
-        *outputs, saved = _kernel(
-            _teacher_loss, logits, rest[:modalities], rest[modalities:], labels, class_counts,
-            *options,
-        )  # fmt: skip
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[1:], *saved)
+    ) -> Tensor:
+        saved = outputs[5]
         ctx.options, ctx.modalities, ctx.prototypes = options, modalities, len(rest) - modalities
-        ctx.wanted, ctx.at_once = ctx.needs_input_grad[5:], bool(saved) and saved[0].dim() == 2
+        ctx.wanted = ctx.needs_input_grad[6:]
         ctx.save_for_backward(labels, class_counts, logits, *rest[:modalities], *saved)
-        return *outputs, *saved
+        return cast(Tensor, outputs[0])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-        if grad_loss is None:
-            return (None,) * len(ctx.needs_input_grad)
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
         _, scale, ignore_index, need_grad, need_prototypes = ctx.options
         wanted, given = ctx.wanted[: ctx.modalities], any(ctx.wanted[ctx.modalities :])
         _require_saved(need_grad and need_prototypes >= given, "teacher_loss")
         idle = [False] * ctx.modalities
         labels, class_counts, logits, *rest = ctx.saved_tensors
         features, saved = rest[: ctx.modalities], rest[ctx.modalities :]
-        if ctx.at_once:
+        if saved[0].dim() == 2:  # gradients made at once
             if _is_final(grad_loss, saved[0], logits):
-                return None, None, None, None, *saved, *[None] * ctx.prototypes
+                return *[None] * 5, *saved, *[None] * ctx.prototypes
         elif _can_look(grad_loss):
             idle = [factor == 0 for factor in saved[0][-ctx.modalities :].tolist()]
         needed = [int(want and not still) for want, still in zip(wanted, idle, strict=True)]
@@ -390,7 +383,7 @@ class _TeacherLoss(torch.autograd.Function):
                 grad_features[m] = z.new_zeros(()).expand(z.shape) if wanted[m] else None
         if not need_prototypes:
             grad_prototypes = [None] * ctx.prototypes
-        return None, None, None, None, grad_logits, *grad_features, *grad_prototypes
+        return *[None] * 5, grad_logits, *grad_features, *grad_prototypes
 
 
 def teacher_loss(
@@ -402,15 +395,26 @@ def teacher_loss(
     *options: Any,
 ) -> tuple[Any, ...]:
     """The op with its gradient; arguments as in csrc/schemas.cpp."""
+    arguments = (logits, features, prototypes, labels, class_counts, *options)
+    return attach_teacher_gradient(_kernel(_teacher_loss, *arguments), *arguments)
+
+
+def attach_teacher_gradient(
+    outputs: tuple[Any, ...],
+    logits: Tensor,
+    features: Sequence[Tensor],
+    prototypes: Sequence[Tensor],
+    labels: Tensor,
+    class_counts: Tensor | None,
+    *options: Any,
+) -> tuple[Any, ...]:
+    """Make the op's outputs the result of a differentiable call with these arguments."""
     if not _wants_graph(logits, *features, *prototypes):
-        return cast(
-            tuple[Any, ...],
-            _kernel(_teacher_loss, logits, features, prototypes, labels, class_counts, *options),
-        )
-    outputs = _TeacherLoss.apply(
-        len(features), labels, class_counts, options, logits, *features, *prototypes
+        return outputs
+    loss = _TeacherLoss.apply(
+        outputs, len(features), options, labels, class_counts, logits, *features, *prototypes
     )
-    return *outputs[:5], list(outputs[5:])
+    return loss, *outputs[1:]
 
 
 def _teacher_loss_backward_fake(
@@ -460,30 +464,39 @@ def _multi_source_kl_fake(
     return _new(logits, *rows), _new(logits, *logits.shape) if need_grad else _new(logits, 0)
 
 
-class _MultiSourceKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        loss, unit_grad = _kernel(_multi_source_kl, logits, *options)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(unit_grad)
-        ctx.need_grad = options[-1]
-        ctx.save_for_backward(logits, unit_grad)
-        return loss, unit_grad
+class _WithUnitGrad(torch.autograd.Function):
+    """A loss whose gradient of the logits, for grad_loss = 1, the forward pass has left."""
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
-        if grad_loss is None:
-            return None, None
-        _require_saved(ctx.need_grad, "multi_source_kl")
+    def forward(
+        ctx: Any, logits: Tensor, outputs: tuple[Tensor, ...], backward: Any, need_grad: bool
+    ) -> Tensor:
+        ctx.backward_op, ctx.need_grad = backward, need_grad
+        ctx.save_for_backward(logits, outputs[-1])
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        name = ctx.backward_op.name().removeprefix("pycdgkd::").removesuffix("_backward")
+        _require_saved(ctx.need_grad, name)
         logits, unit_grad = ctx.saved_tensors
-        return _scaled(_multi_source_kl_backward, grad_loss, unit_grad, logits), None
+        if _is_final(grad_loss, unit_grad, logits):
+            return unit_grad, None, None, None
+        return _backward_kernel(ctx.backward_op, grad_loss, unit_grad, logits), None, None, None
 
 
-def multi_source_kl(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The op with its gradient; arguments as in csrc/schemas.cpp."""
+def _with_unit_grad(
+    op: Any, backward: Any, logits: Tensor, options: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _kernel(op, logits, *options)
     if not _wants_graph(logits):
-        return cast(Any, _kernel(_multi_source_kl, logits, *options))
-    return cast(tuple[Tensor, Tensor], _MultiSourceKL.apply(logits, options))
+        return outputs
+    return _WithUnitGrad.apply(logits, outputs, backward, options[-1]), *outputs[1:]
+
+
+def multi_source_kl(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    """The op with its gradient; arguments as in csrc/schemas.cpp."""
+    return _with_unit_grad(_multi_source_kl, _multi_source_kl_backward, logits, options)
 
 
 _multi_source_kl = torch.ops.pycdgkd.multi_source_kl.default
@@ -508,31 +521,9 @@ def _distillation_loss_fake(
     return _new(logits), _new(logits), _new(logits), unit_grad
 
 
-class _DistillationLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        outputs = _kernel(_distillation_loss, logits, *options)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.need_grad = options[-1]
-        ctx.save_for_backward(logits, outputs[3])
-        return cast(tuple[Tensor, ...], outputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
-        if grad_loss is None:
-            return None, None
-        _require_saved(ctx.need_grad, "distillation_loss")
-        logits, unit_grad = ctx.saved_tensors
-        return _scaled(_distillation_loss_backward, grad_loss, unit_grad, logits), None
-
-
 def distillation_loss(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
     """The op with its gradient; arguments as in csrc/schemas.cpp."""
-    if not _wants_graph(logits):
-        outputs = _kernel(_distillation_loss, logits, *options)
-        return cast(tuple[Tensor, ...], outputs)
-    return cast(tuple[Tensor, ...], _DistillationLoss.apply(logits, options))
+    return _with_unit_grad(_distillation_loss, _distillation_loss_backward, logits, options)
 
 
 _distillation_loss = torch.ops.pycdgkd.distillation_loss.default
