@@ -216,10 +216,10 @@ def teacher_loss(
             )
         if process_group is not None or not detach_prototypes:  # else the op takes the means itself
             means_of = [z.detach() for z in features] if detach_prototypes else features
-            means = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
-            given, counts = (
-                means if process_group is None else all_reduce_class_means(*means, process_group)
-            )
+            given, batch = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
+            if process_group is not None:
+                given, batch = all_reduce_class_means(given, batch, process_group)
+            counts = batch
     elif not given:
         raise RuntimeError(
             f"pycdgkd.{name}: prototypes: expected as many tensors as features "
