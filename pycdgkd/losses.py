@@ -219,7 +219,7 @@ def teacher_loss(
             given, counts = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
         if process_group is not None:
             given, counts = all_reduce_class_means(given, counts, process_group)
-    elif not given:
+    elif features and not given:
         raise RuntimeError(
             f"pycdgkd.{name}: prototypes: expected as many tensors as features "
             f"({len(features)}), got 0"
