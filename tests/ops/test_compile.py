@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import assert_same_bits, make_logits
-from scenarios import LOSSES, inputs, with_grad
+from scenarios import LOSSES, MANY, inputs, with_grad
+from scenarios import K as FEW
 from torch import Tensor
 
 import pycdgkd
@@ -29,12 +30,12 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compare(name: str, **options: object) -> None:
+def compare(name: str, K: int = FEW, **options: object) -> None:
     loss, positions = LOSSES[name]
     compiled = torch.compile(lambda *x: loss(list(x)), fullgraph=True, **options)
     results = []
     for function in (lambda *x: loss(list(x)), compiled):
-        leaves = with_grad(inputs(), positions)
+        leaves = with_grad(inputs(K=K), positions)
         value = function(*leaves)
         grads = torch.autograd.grad(value, [leaves[i] for i in positions])
         results.append([value.detach(), *grads])
@@ -46,6 +47,12 @@ def compare(name: str, **options: object) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_matches_eager(name: str, dynamic: bool) -> None:
     compare(name, backend="aot_eager", dynamic=dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [name for name in LOSSES if "proto" in name or "teach" in name])
+def test_many_classes_match_eager(name: str, dynamic: bool) -> None:
+    compare(name, MANY, backend="aot_eager", dynamic=dynamic)
 
 
 @pytest.mark.parametrize("name", ["teacher_loss_batch_means", "distillation_loss"])
