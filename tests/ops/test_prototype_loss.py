@@ -24,10 +24,6 @@ from torch import Tensor
 import pycdgkd
 from pycdgkd import reference
 
-# Tests of shapes in which the reference is slow take these of all types and reductions.
-BIG = [(torch.float64, "sum"), (torch.float32, "mean"), (torch.float32, "none")]
-BIG += [(torch.bfloat16, "none"), (torch.float16, "mean")]
-
 
 def compare(
     features: Tensor,
@@ -87,7 +83,7 @@ MANY_CLASSES = [
     (130, 1030, 5),  # prototypes' gradients are summed for 1024 classes at a time
     (1500, 40, 9),
     (2600, 33, 3),  # six blocks: one and a half groups
-    (700, 4100, 3),  # blocks of 128 rows
+    (530, 4100, 2),  # five blocks of 128 rows
 ]
 
 
@@ -97,8 +93,6 @@ MANY_CLASSES = [
 def test_reductions_and_larger_shapes(
     dtype: torch.dtype, N: int, K: int, D: int, reduction: str
 ) -> None:
-    if N * K * D > 10**6 and (dtype, reduction) not in BIG:
-        pytest.skip("large shapes: each type and each reduction once")
     compare(*problem(N, K, D, dtype), reduction=reduction, scale=0.7)
 
 
