@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._functorch.config
+import torch._inductor.config
 from cases import assert_same_bits, make_logits
 from scenarios import LOSSES, MANY, inputs, with_grad
 from scenarios import K as FEW
@@ -25,8 +27,11 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
+    """No graph of before: the caches on disk do not notice that an op of this name has changed."""
     torch._dynamo.reset()
-    yield
+    no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
+    with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
     torch._dynamo.reset()
 
 

@@ -49,11 +49,12 @@ def test_backward_twice_adds_the_same(name: str, K: int) -> None:
 
 
 @ALL
-def test_second_derivatives_are_refused(name: str, K: int) -> None:
+@pytest.mark.parametrize("keep", [True, False])
+def test_second_derivatives_are_refused(name: str, K: int, keep: bool) -> None:
     loss, positions = LOSSES[name]
     leaves = with_grad(inputs(torch.float64, K), positions)
     wanted = [leaves[i] for i in positions]
-    grads = torch.autograd.grad(loss(leaves), wanted, create_graph=True)
+    grads = torch.autograd.grad(loss(leaves), wanted, create_graph=True, retain_graph=keep)
     plain = torch.autograd.grad(loss(leaves), wanted)
     assert_same_bits([g.detach() for g in grads], plain)
     message = r"pycdgkd\.\w+_backward: has no derivative; second derivatives .* not implemented"
