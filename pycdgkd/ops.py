@@ -215,7 +215,8 @@ class _PrototypeLoss(torch.autograd.Function):
         features, prototypes, labels, class_counts, *saved = ctx.saved_tensors
         *options, need_features, need_prototypes = ctx.options
         wanted = ctx.needs_input_grad
-        _require_saved(need_features >= wanted[0] and need_prototypes >= wanted[1], "prototype_loss")
+        enough = need_features >= wanted[0] and need_prototypes >= wanted[1]
+        _require_saved(enough, "prototype_loss")
         if len(saved) == 2 and not need_prototypes and _is_final(grad_loss, saved[0], features):
             return saved[0], *[None] * 8
         grad_features, grad_prototypes = _backward_kernel(
