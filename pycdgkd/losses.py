@@ -218,7 +218,7 @@ def teacher_loss(
             means_of = [z.detach() for z in features] if detach_prototypes else features
             given, counts = _ops.class_prototypes(means_of, labels, logits.shape[-1], ignore_index)
         if process_group is not None:
-            given, counts = all_reduce_class_means(given, counts, process_group)
+            given, counts = all_reduce_class_means(given, cast(Tensor, counts), process_group)
     elif features and not given:
         raise RuntimeError(
             f"pycdgkd.{name}: prototypes: expected as many tensors as features "

@@ -61,7 +61,7 @@ def _register(name: str, fake: Any, backward: Any = None, setup_context: Any = N
     torch.library.register_autograd(f"pycdgkd::{name}", backward, setup_context=setup_context)
 
 
-_autograd = torch.library.Library("pycdgkd", "IMPL")
+_autograd: Any = cast(Any, torch.library.Library)("pycdgkd", "IMPL")
 
 
 def _register_differentiable(name: str, fake: Any, call: Any) -> None:
@@ -235,7 +235,8 @@ def prototype_loss(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The op with its gradient; arguments as in csrc/schemas.cpp."""
     if not _wants_graph(features, prototypes):
-        return cast(Any, _kernel(_prototype_loss, features, prototypes, labels, *options))
+        outputs = _kernel(_prototype_loss, features, prototypes, labels, *options)
+        return cast(tuple[Tensor, Tensor, list[Tensor]], outputs)
     loss, true_prob, *saved = _PrototypeLoss.apply(features, prototypes, labels, *options)
     return loss, true_prob, saved
 
@@ -483,7 +484,7 @@ class _MultiSourceKL(torch.autograd.Function):
 def multi_source_kl(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The op with its gradient; arguments as in csrc/schemas.cpp."""
     if not _wants_graph(logits):
-        return cast(Any, _kernel(_multi_source_kl, logits, *options))
+        return cast(tuple[Tensor, Tensor], _kernel(_multi_source_kl, logits, *options))
     return cast(tuple[Tensor, Tensor], _MultiSourceKL.apply(logits, options))
 
 
