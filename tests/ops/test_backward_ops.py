@@ -19,6 +19,7 @@ ONE = torch.tensor(1.0)
 UNIT = [torch.randn(N, D), torch.randn(MANY, D)]
 STATISTICS = torch.ones(4 + 3 * M, dtype=torch.float64)
 CENTRED = torch.zeros(M * ((1 + K) * 16 + 16))  # rows of whole vectors: csrc/kernels.h
+AT_ONCE = [S, Z, Z]  # gradients that a teacher_loss of few rows makes in its forward pass
 LEFT = "expected what the forward op left: "
 
 
@@ -46,18 +47,22 @@ def many_backward(**changed: Any) -> Any:
 def teacher_backward(**changed: Any) -> Any:
     arguments = {
         "grad_loss": ONE,
-        "statistics": STATISTICS,
-        "centred": CENTRED,
-        "residuals": torch.randn(1 + M, N, K),
+        "saved": [STATISTICS, CENTRED, torch.randn(1 + M, N, K)],
         "logits": S,
         "features": [Z, Z],
         "labels": Y,
         "class_counts": None,
         "scale": 1.0,
         "ignore_index": -100,
+        "need_features": [1] * M,
         "need_prototypes": True,
     }
     return ops.teacher_loss_backward(**(arguments | changed))
+
+
+def saved_teacher(index: int, wrong: torch.Tensor) -> dict[str, Any]:
+    saved = [STATISTICS, CENTRED, torch.randn(1 + M, N, K)]
+    return {"saved": [*saved[:index], wrong, *saved[index + 1 :]]}
 
 
 def means_backward(**changed: Any) -> Any:
@@ -83,6 +88,12 @@ def test_the_arguments_below_are_right_but_for_one() -> None:
     rows = many_backward(saved=[], grad_loss=torch.ones(N), reduction=0)
     assert [g.shape for g in rows] == [(N, D), (MANY, D)]
     assert teacher_backward()[0].shape == (N, K)
+    grads = teacher_backward(
+        saved=AT_ONCE, need_prototypes=False, need_features=[0, 1], grad_loss=-2 * ONE
+    )
+    assert torch.equal(grads[0], -2 * S)
+    assert [g.shape for g in grads[1]] == [(0,), (N, D)]
+    assert torch.equal(grads[1][1], -2 * Z)
     assert means_backward()[0].shape == (N, D)
     for op in ("multi_source_kl_backward", "distillation_loss_backward"):
         unit = torch.randn(N, K)
@@ -140,17 +151,29 @@ def test_prototype_loss_backward_of_many_classes(changed: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"residuals": torch.randn(M, N, K)}, f"residuals: {LEFT}float32 of shape (3, 5, 3)"),
-        ({"residuals": torch.randn(0)}, f"residuals: {LEFT}float32 of shape (3, 5, 3)"),
-        ({"statistics": STATISTICS[:3]}, f"statistics: {LEFT}float64 of shape (10)"),
-        ({"statistics": STATISTICS.float()}, f"statistics: {LEFT}float64 of shape (10)"),
-        ({"centred": CENTRED[1:]}, f"centred: {LEFT}float32 of shape (160)"),
-        ({"centred": CENTRED.double()}, f"centred: {LEFT}float32 of shape (160)"),
+        (saved_teacher(2, torch.randn(M, N, K)), f"saved[2]: {LEFT}float32 of shape (3, 5, 3)"),
+        (saved_teacher(2, torch.randn(0)), f"saved[2]: {LEFT}float32 of shape (3, 5, 3)"),
+        (saved_teacher(0, STATISTICS[:3]), f"saved[0]: {LEFT}float64 of shape (10)"),
+        (saved_teacher(0, STATISTICS.float()), f"saved[0]: {LEFT}float64 of shape (10)"),
+        (saved_teacher(1, CENTRED[1:]), f"saved[1]: {LEFT}float32 of shape (160)"),
+        (saved_teacher(1, CENTRED.double()), f"saved[1]: {LEFT}float32 of shape (160)"),
+        ({"saved": []}, f"saved: {LEFT}3 tensors, got 0"),
+        ({"saved": AT_ONCE}, "saved[0]: expected what the forward op left"),
+        ({"saved": AT_ONCE[:2], "need_prototypes": False}, f"saved: {LEFT}3 tensors, got 2"),
+        (
+            {"saved": [S, Z, Z[:2]], "need_prototypes": False},
+            f"saved[2]: {LEFT}float32 of shape (5, 4)",
+        ),
+        (
+            {"saved": [S[:2], Z, Z], "need_prototypes": False},
+            f"saved[0]: {LEFT}float32 of shape (5, 3)",
+        ),
+        ({"need_features": [1]}, "need_features: expected one flag a modality, got 1"),
         ({"grad_loss": torch.ones(5)}, "grad_loss: expected a scalar"),
-        ({"features": [Z]}, f"statistics: {LEFT}float64 of shape (7)"),
+        ({"features": [Z], "need_features": [1]}, f"saved[0]: {LEFT}float64 of shape (7)"),
         ({"features": []}, "features: expected at least one modality, got none"),
         ({"features": [Z, Z[:3]]}, "features[1]: expected shape (5, D)"),
-        ({"features": [Z, torch.randn(N, 17)]}, f"centred: {LEFT}float32 of shape (224)"),
+        ({"features": [Z, torch.randn(N, 17)]}, f"saved[1]: {LEFT}float32 of shape (224)"),
         ({"logits": S[0]}, "logits: expected shape (N, K)"),
     ],
 )
@@ -163,15 +186,19 @@ def test_teacher_loss_backward_of_many_classes() -> None:
     """It reads the labels again, and so checks them again."""
     wide = {
         "logits": torch.randn(N, MANY),
-        "residuals": torch.randn(1, N, MANY),
-        "centred": torch.zeros(M * ((1 + MANY) * 16 + 48)),
+        "saved": [
+            STATISTICS,
+            torch.zeros(M * ((1 + MANY) * 16 + 48)),
+            torch.randn(1, N, MANY),
+        ],
     }
+    parts = [*wide["saved"][:2], torch.randn(1 + M, N, MANY)]
     assert teacher_backward(**wide)[0].shape == (N, MANY)
     for changed, message in (
         ({"labels": Y[:2]}, "labels: expected shape (5,)"),
         ({"labels": Y - 1}, "labels[0]: expected a class from 0 to 39"),
         ({"class_counts": COUNTS}, "class_counts: expected int64 of shape (40,)"),
-        ({"residuals": torch.randn(1 + M, N, MANY)}, f"residuals: {LEFT}float32 of shape (1, 5"),
+        ({"saved": parts}, f"saved[2]: {LEFT}float32 of shape (1, 5, 40)"),
     ):
         expected = re.escape(f"pycdgkd.teacher_loss_backward: {message}")
         with pytest.raises(RuntimeError, match=expected):
@@ -219,7 +246,7 @@ def test_scaled_gradients(op: str, changed: dict[str, Any], message: str) -> Non
     [
         lambda x: ops.prototype_loss(x, C, Y, None, 1.0, 1, -100, False, False)[0],
         lambda x: ops.prototype_loss(x, C, Y, None, 1.0, 1, -100, False, True)[0],
-        lambda x: ops.teacher_loss(S, [x], [C], Y, None, 0.5, 1.0, -100, False)[0],
+        lambda x: ops.teacher_loss(S, [x], [C], Y, None, 0.5, 1.0, -100, False, False)[0],
         lambda x: ops.multi_source_kl(x, [Z], None, 1.0, 0, 1, False)[0],
         lambda x: ops.distillation_loss(x, [Z], Y, None, 0.5, 1.0, 0, 0.0, -100, False)[0],
     ],

@@ -47,15 +47,30 @@ def prototype_calls(K: int) -> Iterator[Call]:
     call = ([z1, z2], [c1, c2], y, counts, 1.0, -100)
     yield "convergence_rates", OPS.convergence_rates, call
     for given, taking_part in (([C, E], counts), ([c1, c2], None), ([], None)):
-        call = (S, [A, B], given, y, taking_part, 0.5, 1.0, -100, True)
+        call = (
+            S,
+            [A, B],
+            given,
+            y,
+            taking_part,
+            0.5,
+            1.0,
+            -100,
+            True,
+            bool(given) and given[0] is C,
+        )
         yield f"teacher_loss_{len(given)}_{taking_part is None}", OPS.teacher_loss, call
-    call = (s, [z1, z2], [], y, None, 0.5, 1.0, -100, False)
+    call = (s, [z1, z2], [], y, None, 0.5, 1.0, -100, False, False)
     yield "teacher_loss_no_grad", OPS.teacher_loss, call
-    for need in (True, False):
-        call = (s, [z1, z2], [c1, c2], y, counts, 0.5, 1.0, -100, True)
-        saved = OPS.teacher_loss(*call)[5:]
-        call = (one, *saved, s, [z1, z2], y, counts, 1.0, -100, need)
-        yield f"teacher_loss_backward_{need}", OPS.teacher_loss_backward, call
+    for need_prototypes, need_features in ((True, [1, 1]), (True, [0, 1]), (False, [1, 0])):
+        call = (s, [z1, z2], [c1, c2], y, counts, 0.5, 1.0, -100, True, need_prototypes)
+        saved = OPS.teacher_loss(*call)[5]
+        call = (one, saved, s, [z1, z2], y, counts, 1.0, -100, need_features, need_prototypes)
+        yield (
+            f"teacher_loss_backward_{need_prototypes}_{need_features}",
+            OPS.teacher_loss_backward,
+            call,
+        )
 
 
 def other_calls() -> Iterator[Call]:
