@@ -326,7 +326,13 @@ def _teacher_loss_fake(
     dtype = arithmetic_dtype(logits.dtype)
     small = sum(z.numel() for z in features) <= SMALL_FEATURES
     saved = []
-    if need_grad and not need_prototypes and few and small and all(z.dtype == dtype for z in features):
+    if (
+        need_grad
+        and not need_prototypes
+        and few
+        and small
+        and all(z.dtype == dtype for z in features)
+    ):
         saved = [_new(logits, *logits.shape), *(_new(z, *z.shape) for z in features)]
     elif need_grad:
         saved = [
