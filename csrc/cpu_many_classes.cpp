@@ -94,7 +94,7 @@ class ManyClasses {
     Matrix features = m_.features;
     features.data = static_cast<const char*>(features.data) +
                     first * features.row_stride * size_of(features.dtype);
-    cpu::kernels().centre_rows({rows, D, kWide, features, centred_, z});
+    cpu::kernels().centre_rows({rows, D, kWide, features, classes_.data() + first, centred_, z});
     const Tensor products = view(x, rows, K, K);
     matrix_product(view(z, rows, D, D), view(prototypes(), D, K, 1, stride()), products);
     const auto* row_factor = static_cast<const A*>(grads_.row_factor);

@@ -192,13 +192,16 @@ using TeacherGrads = std::tuple<Tensor, Tensors, Tensors>;
 
 // The gradients that the forward pass made at once, times grad_loss.
 TeacherGrads scaled_gradients(const Arguments& args, double grad, const Tensors& saved,
-                              const Tensor& logits, const Tensors& features) {
+                              const Tensor& logits, const Tensors& features,
+                              const std::vector<int64_t>& need_features) {
   Tensors grads;
   for (size_t part = 0; part <= features.size(); ++part) {
     const Tensor& like = part == 0 ? logits : features[part - 1];
     const int64_t rows = like.size(0), columns = like.size(1);
     args.saved(element("saved", part), saved[part], {rows, columns}, args.arithmetic());
-    grads.push_back(empty_like_contiguous(like));
+    const bool needed = part == 0 || need_features[part - 1] != 0;
+    grads.push_back(output({rows, columns}, like.scalar_type(), needed));
+    if (!needed) continue;
     cpu::kernels().scale_rows(
         {rows, columns, args.wide(), &grad, 0, saved[part].const_data_ptr(),
          grads.back().mutable_data_ptr(), dtype_of(args.op(), "logits", like)},
@@ -226,7 +229,7 @@ TeacherGrads teacher_loss_backward(const Tensor& grad_loss, const Tensors& saved
     fail(args.op(), "need_features", "one flag a modality", std::to_string(need_features.size()));
   }
   if (saved.size() == features.size() + 1 && saved[0].dim() == 2 && !need_prototypes) {
-    return scaled_gradients(args, grad, saved, logits, features);
+    return scaled_gradients(args, grad, saved, logits, features, need_features);
   }
   if (saved.size() != 3) {
     fail(args.op(), "saved", "what the forward op left: 3 tensors", std::to_string(saved.size()));

@@ -112,6 +112,7 @@ struct CentreRows {
   int64_t N, D;
   bool wide;
   Matrix features;
+  const int32_t* classes;  // (N,), negative: a row of zeros, whatever the features hold there
   const void* mean;
   void* rows;  // (N, D)
 };

@@ -220,7 +220,7 @@ def teacher_loss(
             if process_group is not None:
                 given, batch = all_reduce_class_means(given, batch, process_group)
             counts = batch
-    elif not given:
+    elif features and not given:
         raise RuntimeError(
             f"pycdgkd.{name}: prototypes: expected as many tensors as features "
             f"({len(features)}), got 0"

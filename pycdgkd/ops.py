@@ -203,10 +203,9 @@ class _PrototypeLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         features, prototypes, labels, class_counts, *saved = ctx.saved_tensors
         *options, need_features, need_prototypes = ctx.options
-        wanted = ctx.needs_input_grad[1:3]
-        _require_saved(
-            need_features >= wanted[0] and need_prototypes >= wanted[1], "prototype_loss"
-        )
+        _, want_features, want_prototypes, *_ = ctx.needs_input_grad
+        enough = need_features >= want_features and need_prototypes >= want_prototypes
+        _require_saved(enough, "prototype_loss")
         if len(saved) == 2 and not need_prototypes and _is_final(grad_loss, saved[0], features):
             return None, saved[0], *[None] * 8
         grad_features, grad_prototypes = _backward_kernel(
@@ -315,15 +314,9 @@ def _teacher_loss_fake(
     rows, classes = logits.shape
     count, few = len(features), classes <= FEW_CLASSES
     dtype = arithmetic_dtype(logits.dtype)
-    small = sum(z.numel() for z in features) <= SMALL_FEATURES
+    small = few and sum(z.numel() for z in features) <= SMALL_FEATURES
     saved = []
-    if (
-        need_grad
-        and not need_prototypes
-        and few
-        and small
-        and all(z.dtype == dtype for z in features)
-    ):
+    if need_grad and not need_prototypes and small and all(z.dtype == dtype for z in features):
         saved = [_new(logits, *logits.shape), *(_new(z, *z.shape) for z in features)]
     elif need_grad:
         saved = [

@@ -12,6 +12,10 @@ void centre_block(const CentreRows& c) {
   const A* mean = static_cast<const A*>(c.mean);
   for (int64_t i = 0; i < c.N; ++i) {
     A* row = static_cast<A*>(c.rows) + i * c.D;
+    if (c.classes[i] < 0) {
+      std::memset(row, 0, static_cast<size_t>(c.D) * sizeof(A));
+      continue;
+    }
     load_row(c.features, i, 0, row, 1, c.D);
 #pragma omp simd
     for (int64_t j = 0; j < c.D; ++j) row[j] -= mean[j];

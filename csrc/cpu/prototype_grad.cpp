@@ -28,6 +28,10 @@ class PrototypeSums {
     A* z = rows_.get();
     four_rows(p_.features, i, p_.N, first_, columns_, z + kRows * columns_, columns_, x);
     for (int64_t r = 0; r < kRows; ++r) {
+      if (!takes_part(i + r)) {  // what it holds may be anything, NaN too
+        std::memset(z + r * columns_, 0, static_cast<size_t>(columns_) * sizeof(A));
+        continue;
+      }
       const A* from = x[r];
       const A* mean = centred_.mean + first_;
 #pragma omp simd
@@ -64,6 +68,13 @@ class PrototypeSums {
     if (i >= p_.N) return A(0);
     const A residual = static_cast<const A*>(p_.residual)[i * p_.K + k];
     return p_.row_factor == nullptr ? residual : static_cast<const A*>(p_.row_factor)[i] * residual;
+  }
+
+  bool takes_part(int64_t i) const {
+    for (int64_t k = 0; k < p_.K; ++k) {
+      if (weight(i, k) != A(0)) return true;
+    }
+    return false;
   }
 
   const PrototypeGrad& p_;

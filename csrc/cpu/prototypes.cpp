@@ -36,7 +36,8 @@ void centre(const CentrePrototypes& c) {
   }
 }
 
-// Apart from the loops that fill the sums: beside this the compiler would keep them in memory there.
+// Apart from the loops that fill the sums: beside this the compiler would keep them in memory
+// there.
 template <class A>
 [[gnu::noinline]] void sum_up(const Vector<A>* sums, int rows, int columns, A (*out)[kRows]) {
   for (int r = 0; r < rows; ++r) {

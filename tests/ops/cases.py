@@ -58,6 +58,11 @@ def expanded(x: Tensor) -> Tensor:
     return x[:1].expand(x.shape[0], -1)
 
 
+def expanded_columns(x: Tensor) -> Tensor:
+    """Every column is the first one."""
+    return x[:, :1].expand(-1, x.shape[1])
+
+
 def make_labels(N: int, K: int, *, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.randint(K, (N,)).to(dtype)
 

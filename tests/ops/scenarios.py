@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from cases import make_features, make_labels, make_logits, make_prototypes
 from torch import Tensor
@@ -11,10 +12,11 @@ from torch import Tensor
 import pycdgkd
 
 N, K, WIDTHS = 33, 4, (9, 5)
+MANY = 40  # classes: prototype losses go another way above 32
 Inputs = list[Tensor]
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> Inputs:
+def inputs(dtype: torch.dtype = torch.float32, K: int = K) -> Inputs:
     """logits, two features, two prototypes, labels, two sources."""
     torch.manual_seed(3)
     labels = make_labels(N, K)
@@ -28,7 +30,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Inputs:
 # Each loss as a function of `inputs()` and the positions that it is differentiable in.
 LOSSES: dict[str, tuple[Callable[[Inputs], Tensor], tuple[int, ...]]] = {
     "class_prototypes": (
-        lambda x: pycdgkd.class_prototypes(x[1], x[5], K).prototypes.square().sum(),
+        lambda x: pycdgkd.class_prototypes(x[1], x[5], len(x[3])).prototypes.square().sum(),
         (1,),
     ),
     "prototype_loss": (lambda x: pycdgkd.prototype_loss(x[1], x[3], x[5]).loss, (1, 3)),
@@ -55,15 +57,17 @@ LOSSES: dict[str, tuple[Callable[[Inputs], Tensor], tuple[int, ...]]] = {
     ),
     "distillation_loss": (lambda x: pycdgkd.distillation_loss(x[0], x[6:], x[5]).loss, (0,)),
 }
+# Every loss for few and for many classes: (name, K).
+CASES = [pytest.param(name, size, id=f"{name}-{size}") for name in LOSSES for size in (K, MANY)]
 
 
 def with_grad(x: Inputs, positions: tuple[int, ...]) -> Inputs:
     return [t.detach().requires_grad_(i in positions) for i, t in enumerate(x)]
 
 
-def run(name: str, x: Inputs | None = None) -> list[Tensor]:
+def run(name: str, x: Inputs) -> list[Tensor]:
     """[loss, gradients...]"""
     loss, positions = LOSSES[name]
-    leaves = with_grad(inputs() if x is None else x, positions)
+    leaves = with_grad(x, positions)
     value = loss(leaves)
     return [value.detach(), *torch.autograd.grad(value, [leaves[i] for i in positions])]

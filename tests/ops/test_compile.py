@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._functorch.config
+import torch._inductor.config
 from cases import assert_same_bits, make_logits
-from scenarios import LOSSES, inputs, with_grad
+from scenarios import LOSSES, MANY, inputs, with_grad
+from scenarios import K as FEW
 from torch import Tensor
 
 import pycdgkd
@@ -24,17 +27,20 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
+    """No graph of before: the caches on disk do not notice that an op of this name has changed."""
     torch._dynamo.reset()
-    yield
+    no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
+    with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
     torch._dynamo.reset()
 
 
-def compare(name: str, **options: object) -> None:
+def compare(name: str, K: int = FEW, **options: object) -> None:
     loss, positions = LOSSES[name]
     compiled = torch.compile(lambda *x: loss(list(x)), fullgraph=True, **options)
     results = []
     for function in (lambda *x: loss(list(x)), compiled):
-        leaves = with_grad(inputs(), positions)
+        leaves = with_grad(inputs(K=K), positions)
         value = function(*leaves)
         grads = torch.autograd.grad(value, [leaves[i] for i in positions])
         results.append([value.detach(), *grads])
@@ -46,6 +52,12 @@ def compare(name: str, **options: object) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_matches_eager(name: str, dynamic: bool) -> None:
     compare(name, backend="aot_eager", dynamic=dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [name for name in LOSSES if "proto" in name or "teach" in name])
+def test_many_classes_match_eager(name: str, dynamic: bool) -> None:
+    compare(name, MANY, backend="aot_eager", dynamic=dynamic)
 
 
 @pytest.mark.parametrize("name", ["teacher_loss_batch_means", "distillation_loss"])

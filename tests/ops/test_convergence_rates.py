@@ -18,7 +18,7 @@ from pycdgkd import reference
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("widths", [(7,), (64, 1), (33, 511, 2)])
-@pytest.mark.parametrize(("N", "K"), [(1, 1), (129, 2), (33, 17)])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (129, 2), (33, 17), (70, 40)])
 def test_matches_reference(
     dtype: torch.dtype, layout: str, widths: tuple[int, ...], N: int, K: int
 ) -> None:
@@ -36,11 +36,12 @@ def test_matches_reference(
     assert_value(rates, expected, dtype)
 
 
-def test_is_the_sum_of_true_probabilities() -> None:
-    labels = make_labels(100, 4)
+@pytest.mark.parametrize("K", [4, 40])
+def test_is_the_sum_of_true_probabilities(K: int) -> None:
+    labels = make_labels(100, K)
     labels[::7] = -100
-    counts = torch.tensor([3, 0, 1, 2])
-    prototypes = [make_prototypes(4, D) for D in (5, 30)]
+    counts = torch.tensor([3, 0, 1, 2]).repeat(K // 4)
+    prototypes = [make_prototypes(K, D) for D in (5, 30)]
     features = [make_features(c, labels) for c in prototypes]
     rates = pycdgkd.convergence_rates(features, prototypes, labels, class_counts=counts, scale=0.3)
     for rate, z, c in zip(rates, features, prototypes, strict=True):
@@ -48,9 +49,10 @@ def test_is_the_sum_of_true_probabilities() -> None:
         torch.testing.assert_close(rate, true_prob.double().sum().float(), rtol=1e-6, atol=0)
 
 
-def test_extremes() -> None:
+@pytest.mark.parametrize("more", [0, 38])
+def test_extremes(more: int) -> None:
     labels = torch.tensor([0, 1, 1])
-    prototypes = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
+    prototypes = torch.tensor([[100.0, 0.0], [0.0, 100.0], *[[-300.0, -300.0]] * more])
     near, far = prototypes[labels], prototypes[1 - labels]
     rates = pycdgkd.convergence_rates([near, far], [prototypes, prototypes], labels)
     assert rates.tolist() == [3.0, 0.0]
@@ -59,7 +61,7 @@ def test_extremes() -> None:
     empty = pycdgkd.convergence_rates([near[:0]], [prototypes], labels[:0])
     assert empty.tolist() == [0.0]
     absent = pycdgkd.convergence_rates(
-        [near], [prototypes], labels, class_counts=torch.tensor([1, 0])
+        [near], [prototypes], labels, class_counts=torch.tensor([1, 0, *[2] * more])
     )
     assert absent.tolist() == [1.0]
 

@@ -28,9 +28,25 @@ def prototypes_and_teacher(N: int, D: int, K: int, dtype: torch.dtype) -> list[T
         leaves = [logits, *features, *(chosen or ())]
         results += [t.detach() for t in result]
         results += torch.autograd.grad(result.loss, leaves)
-    rows, true_prob = pycdgkd.prototype_loss(features[0], given[0], labels, reduction="none")
-    rates = pycdgkd.convergence_rates(features, given, labels)
-    return [*results, rows.detach(), true_prob, rates]
+    for wanted in ([features[0]], [given[0]], [features[0], given[0]]):
+        z, c = (x if any(x is w for w in wanted) else x.detach() for x in (features[0], given[0]))
+        for reduction in ("none", "mean"):
+            loss, true_prob = pycdgkd.prototype_loss(z, c, labels, reduction=reduction)
+            weights = torch.linspace(-1, 1, N, dtype=loss.dtype) if loss.dim() else None
+            grads = torch.autograd.grad(loss, wanted, weights)
+            results += [loss.detach(), true_prob, *grads]
+    return [*results, pycdgkd.convergence_rates(features, given, labels)]
+
+
+def every_number_of_few_classes() -> list[Tensor]:
+    results = []
+    for K in range(2, 33):
+        N, D = (5, 13, 33, 50)[K % 4], (1, 7, 15, 16, 17, 31, 33, 130, 511)[K % 9]
+        labels, c = make_labels(N, K), make_prototypes(K, D).requires_grad_()
+        z = make_features(c.detach(), labels).requires_grad_()
+        loss, true_prob = pycdgkd.prototype_loss(z, c, labels)
+        results += [loss.detach(), true_prob, *torch.autograd.grad(loss, [z, c])]
+    return results
 
 
 def divergences(N: int, K: int, dtype: torch.dtype) -> list[Tensor]:
@@ -51,6 +67,9 @@ def divergences(N: int, K: int, dtype: torch.dtype) -> list[Tensor]:
 PROBLEMS: dict[str, Callable[[], list[Tensor]]] = {
     "wide": lambda: prototypes_and_teacher(4096, 512, 2, torch.float32),
     "classes": lambda: prototypes_and_teacher(1031, 130, 33, torch.bfloat16),
+    "one_block_of_classes": lambda: prototypes_and_teacher(30, 1030, 40, torch.float32),
+    "blocks_of_classes": lambda: prototypes_and_teacher(2600, 33, 40, torch.float64),
+    "chunks_of_classes": lambda: prototypes_and_teacher(150, 9, 1100, torch.float32),
     "double": lambda: prototypes_and_teacher(2049, 65, 3, torch.float64),
     "tall": lambda: divergences(65536, 7, torch.float32),
     "vocabulary": lambda: divergences(257, 1001, torch.bfloat16),
@@ -68,9 +87,10 @@ def test_same_bits_for_every_thread_count_and_run(name: str) -> None:
         assert_same_bits(outcomes[0], outcome)
 
 
-def test_same_bits_wherever_the_memory_lies() -> None:
+@pytest.mark.parametrize("K", [3, 40])
+def test_same_bits_wherever_the_memory_lies(K: int) -> None:
     """Vector loops must not peel by address: nothing guarantees it to be the same next time."""
-    labels, prototypes = make_labels(33, 3), make_prototypes(3, 131)
+    labels, prototypes = make_labels(33, K), make_prototypes(K, 131)
     features, logits = make_features(prototypes, labels), make_logits(33, 131)
     source = make_logits(33, 131)
     outcomes, ballast = [], []
@@ -87,6 +107,16 @@ def test_same_bits_wherever_the_memory_lies() -> None:
         ballast.append(torch.empty(1 + 7 * shift))  # moves later allocations
     for outcome in outcomes[1:]:
         assert_same_bits(outcomes[0], outcome)
+
+
+def test_rows_of_many_classes_depend_on_their_neighbours_by_rounding_alone() -> None:
+    labels, prototypes = make_labels(137, 40), make_prototypes(40, 30)
+    features = make_features(prototypes, labels)
+    rows, _ = pycdgkd.prototype_loss(features, prototypes, labels, reduction="none")
+    for i in (0, 31, 32, 136):
+        one = slice(i, i + 1)
+        alone, _ = pycdgkd.prototype_loss(features[one], prototypes, labels[one], reduction="none")
+        torch.testing.assert_close(alone, rows[one], rtol=1e-6, atol=1e-6)
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
@@ -110,11 +140,13 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import pycdgkd.ops
 assert pycdgkd.ops.build_info()["isa_active"] == sys.argv[2]
-from test_determinism import divergences, prototypes_and_teacher
+from test_determinism import divergences, every_number_of_few_classes, prototypes_and_teacher
 torch.manual_seed(0)
 torch.save([
     *prototypes_and_teacher(129, 65, 3, torch.float32), *divergences(65, 33, torch.float32),
     *prototypes_and_teacher(33, 70, 2, torch.float64), *divergences(33, 5, torch.float64),
+    *prototypes_and_teacher(133, 65, 40, torch.float32), *every_number_of_few_classes(),
+    *prototypes_and_teacher(70, 33, 33, torch.float64),
 ], sys.argv[3])
 """
 

@@ -49,7 +49,8 @@ TENSORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: teacher_loss(z=(Z, Z)), "teacher_loss: prototypes: expected as many tensors as features (2), got 1"),
     (lambda: teacher_loss(c=()), "teacher_loss: prototypes: expected as many tensors as features (1), got 0"),
     (lambda: teacher_loss(z=(), c=()), "teacher_loss: features: expected at least one modality, got none"),
-    (lambda: teacher_loss(z=(), c=None), "class_prototypes: features: expected at least one tensor, got none"),
+    (lambda: teacher_loss(z=(), c=None), "teacher_loss: features: expected at least one modality, got none"),
+    (lambda: teacher_loss(z=(), c=None, detach_prototypes=False), "class_prototypes: features: expected at least one tensor, got none"),
     (lambda: pycdgkd.convergence_rates([], [], Y), "convergence_rates: features: expected at least one modality, got none"),
     (lambda: multi_source_kl(s=S[0], t=(S[0],)), "multi_source_kl: logits: expected shape (N, K), got float32 of shape (3)"),
     (lambda: multi_source_kl(t=(S, S[:, :2])), "multi_source_kl: sources[1]: expected shape (5, 3), got float32 of shape (5, 2)"),
@@ -82,7 +83,7 @@ TENSORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: pycdgkd.class_prototypes(Z, Y, -1), "class_prototypes: number of classes: expected at least 1 and below 2^30, got -1"),
     (lambda: prototype_loss(class_counts=torch.ones(2)), "prototype_loss: class_counts: expected int64 of shape (3,), got int64 of shape (2)"),
     (lambda: teacher_loss(class_counts=torch.ones(3, 1)), "teacher_loss: class_counts: expected int64 of shape (3,), got int64 of shape (3, 1)"),
-    (lambda: torch.ops.pycdgkd.prototype_loss(Z, C, Y, torch.ones(3), 1.0, 1, -100, True), "prototype_loss: class_counts: expected int64 of shape (3,), got float32 of shape (3)"),
+    (lambda: torch.ops.pycdgkd.prototype_loss(Z, C, Y, torch.ones(3), 1.0, 1, -100, True, True), "prototype_loss: class_counts: expected int64 of shape (3,), got float32 of shape (3)"),
 ]  # fmt: skip
 
 FINITE = "expected a finite number above 0"

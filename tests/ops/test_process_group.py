@@ -19,9 +19,10 @@ if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 N, K = 24, 4
+MANY = 40  # classes
 
 
-def problem(dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+def problem(dtype: torch.dtype, K: int = K, **options: Any) -> dict[str, Any]:
     given = options.pop("given")
     labels = options.pop("labels", make_labels(N, K))
     prototypes = [make_prototypes(K, D, dtype=dtype) for D in (9, 5)]
@@ -51,6 +52,11 @@ def problems() -> dict[str, dict[str, Any]]:
                 torch.float64, given=given, labels=labels, detach_prototypes=False, scale=0.3
             )
     counts = torch.tensor([3, 0, 2, 1])
+    for given in (True, False):
+        for detach in (True, False):
+            found[f"many_classes-given{given}-detach{detach}"] = problem(
+                torch.float64, MANY, given=given, detach_prototypes=detach
+            )
     found["class_counts"] = problem(torch.float64, given=True, class_counts=counts)
     found["all_ignored"] = problem(torch.float64, given=True, labels=torch.full((N,), -100))
     found["proto_weight_1"] = problem(torch.float64, given=False, proto_weight=1.0)

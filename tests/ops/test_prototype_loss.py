@@ -8,10 +8,13 @@ from cases import (
     DTYPES,
     FAR_TOLERANCE,
     LAYOUTS,
+    arithmetic,
     assert_grad,
+    assert_same_bits,
     assert_value,
     double_leaf,
     expanded,
+    expanded_columns,
     make_features,
     make_labels,
     make_prototypes,
@@ -65,10 +68,27 @@ def test_matches_reference(dtype: torch.dtype, N: int, K: int, D: int) -> None:
     compare(*problem(N, K, D, dtype))
 
 
+@pytest.mark.parametrize("D", [1, 7, 15, 16, 17, 31, 33, 130, 511])
+@pytest.mark.parametrize("K", range(2, 33))
+def test_every_number_of_few_classes(K: int, D: int) -> None:
+    """Register tiles take 5, 3, 2 or 1 prototypes and 16 or 4 rows at a time."""
+    compare(*problem((5, 13, 33, 50)[K % 4], K, D))
+
+
+# Up to 32 classes fused; above, blocks of 32 to 512 rows, of which four at a time are summed.
+SHAPES = [(2, 5, 64), (129, 31, 513), (17, 33, 64), (129, 1001, 33)]
+MANY_CLASSES = [
+    *[(N, K, D) for K in (33, 40, 300) for N, D in ((1, 7), (2, 1), (31, 33), (33, 130))],
+    (127, 33, 15),
+    (130, 1030, 5),  # prototypes' gradients are summed for 1024 classes at a time
+    (1500, 40, 9),
+    (2600, 33, 3),  # six blocks: one and a half groups
+    (530, 4100, 2),  # five blocks of 128 rows
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("N", "K", "D"), [(2, 5, 64), (129, 31, 513), (17, 33, 64), (129, 1001, 33)]
-)
+@pytest.mark.parametrize(("N", "K", "D"), SHAPES + MANY_CLASSES)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_reductions_and_larger_shapes(
     dtype: torch.dtype, N: int, K: int, D: int, reduction: str
@@ -78,37 +98,51 @@ def test_reductions_and_larger_shapes(
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides(dtype: torch.dtype, layout: str) -> None:
-    features, prototypes, labels = problem(33, 3, 70, dtype)
+@pytest.mark.parametrize("K", [3, 40])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_any_strides(dtype: torch.dtype, layout: str, K: int, reduction: str) -> None:
+    features, prototypes, labels = problem(50, K, 70, dtype)
     view = (LAYOUTS | {"expanded": expanded})[layout]
-    compare(view(features), view(prototypes), labels)
+    # Prototypes must differ, or the exact gradient of the features is 0.
+    other = (LAYOUTS | {"expanded": expanded_columns})[layout]
+    compare(view(features), other(prototypes), labels, reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_label_types(dtype: torch.dtype) -> None:
-    features, prototypes, labels = problem(40, 5, 9)
+@pytest.mark.parametrize("K", [5, 40])
+def test_label_types(dtype: torch.dtype, K: int) -> None:
+    features, prototypes, labels = problem(40, K, 9)
     compare(features, prototypes, labels.to(dtype))
     compare(features, prototypes, labels.to(dtype).repeat_interleave(3)[1::3])
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("ignore_index", [-100, -1, 1, 255])
-@pytest.mark.parametrize("K", [2, 5])
+@pytest.mark.parametrize("K", [2, 5, 40])
 def test_ignored_rows(ignore_index: int, reduction: str, K: int) -> None:
-    features, prototypes, labels = problem(20, K, 6)
-    labels[[0, 7, 16]] = ignore_index
+    features, prototypes, labels = problem(40, K, 6)
+    labels[[0, 7, 16, 39]] = ignore_index
     labels = labels.to(torch.uint8) if ignore_index == 255 else labels
     options = {"reduction": reduction, "ignore_index": ignore_index}
     compare(features, prototypes, labels, **options)
     ignored = labels == ignore_index
-    features[ignored] = torch.nan  # an ignored row is not read
-    _, true_prob = pycdgkd.prototype_loss(features, prototypes, labels, **options)
-    assert torch.equal(true_prob[ignored], torch.zeros(int(ignored.sum())))
-    assert true_prob[~ignored].isfinite().all()
+    results = []
+    for content in (0.5, torch.nan):  # an ignored row is not read
+        features[ignored] = content
+        leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
+        loss, true_prob = pycdgkd.prototype_loss(*leaves, labels, **options)
+        results.append([loss.detach(), true_prob, *torch.autograd.grad(loss.sum(), leaves)])
+        assert not true_prob[ignored].any()
+        assert not results[-1][2][ignored].any()
+    assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("counts", [[1, 0], [0, 9], [3, 0, 1, 0, 0], [0, 0, 0, 0, 2], [1, 1, 1]])
+@pytest.mark.parametrize(
+    "counts",
+    [[1, 0], [0, 9], [3, 0, 1, 0, 0], [0, 0, 0, 0, 2], [1, 1, 1], [0, 3] * 20, [0] * 39 + [1]],
+    ids=str,
+)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_absent_classes(dtype: torch.dtype, counts: list[int], reduction: str) -> None:
     """Rows of absent classes are among the labels; absent prototypes may hold anything."""
@@ -116,14 +150,14 @@ def test_absent_classes(dtype: torch.dtype, counts: list[int], reduction: str) -
     features, prototypes, labels = problem(33, len(counts), 7, dtype)
     options: dict[str, Any] = {"class_counts": class_counts, "reduction": reduction}
     compare(features, prototypes, labels, **options)
-    fused = features.clone().requires_grad_()
-    before = pycdgkd.prototype_loss(fused, prototypes, labels, **options)
-    prototypes[class_counts == 0] = torch.nan
-    after = pycdgkd.prototype_loss(fused, prototypes, labels, **options)
-    assert torch.equal(before.loss, after.loss)
-    assert torch.equal(before.true_prob, after.true_prob)
-    (grad,) = torch.autograd.grad(after.loss.sum(), fused)
-    assert grad.isfinite().all()
+    results = []
+    for content in (0.5, torch.nan):
+        prototypes[class_counts == 0] = content
+        leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
+        loss, true_prob = pycdgkd.prototype_loss(*leaves, labels, **options)
+        results.append([loss.detach(), true_prob, *torch.autograd.grad(loss.sum(), leaves)])
+        assert not results[-1][3][class_counts == 0].any()
+    assert_same_bits(*results)
 
 
 def test_counts_of_any_type_and_stride() -> None:
@@ -141,9 +175,10 @@ def test_counts_of_any_type_and_stride() -> None:
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(0, dtype=torch.int64), torch.full((5,), -100)])
-def test_no_row_takes_part(labels: Tensor) -> None:
+@pytest.mark.parametrize("K", [2, 3, 40])
+def test_no_row_takes_part(labels: Tensor, K: int) -> None:
     features = torch.randn(len(labels), 4, requires_grad=True)
-    prototypes = torch.randn(3, 4, requires_grad=True)
+    prototypes = torch.randn(K, 4, requires_grad=True)
     for reduction, expected in (("mean", torch.nan), ("sum", 0.0)):
         loss, true_prob = pycdgkd.prototype_loss(features, prototypes, labels, reduction=reduction)
         assert torch.equal(loss.nan_to_num(-1.0), torch.tensor(expected).nan_to_num(-1.0))
@@ -152,10 +187,12 @@ def test_no_row_takes_part(labels: Tensor) -> None:
         assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
     rows, _ = pycdgkd.prototype_loss(features, prototypes, labels, reduction="none")
     assert torch.equal(rows, torch.zeros(len(labels)))
+    grads = torch.autograd.grad(rows, (features, prototypes), torch.ones(len(labels)))
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1e3, 1e4])
-@pytest.mark.parametrize("K", [2, 3, 17])
+@pytest.mark.parametrize("K", [2, 3, 17, 40, 300])
 @pytest.mark.parametrize("D", [2, 33, 512])
 def test_features_far_from_the_origin(offset: float, K: int, D: int) -> None:
     """The textbook form 2 z.c - |c|^2 has 16 % error at norm 1000 and 100000 % at 10000."""
@@ -163,11 +200,11 @@ def test_features_far_from_the_origin(offset: float, K: int, D: int) -> None:
 
 
 @pytest.mark.parametrize("margin", [1.0, 6.0, 15.0, 30.0])
-@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("K", [2, 3, 40])
 def test_sure_rows_keep_a_relatively_exact_loss(margin: float, K: int) -> None:
     """Losses down to 1e-26, where p - 1 and log(p) have no digit left, in float64 either."""
-    prototypes = torch.eye(K, 8) * margin**0.5
-    features = (prototypes + 0.1 * torch.randn(K, 8)).requires_grad_()
+    prototypes = torch.eye(K, max(K, 8)) * margin**0.5
+    features = (prototypes + 0.1 * torch.randn(prototypes.shape)).requires_grad_()
     loss, _ = pycdgkd.prototype_loss(features, prototypes, torch.arange(K), reduction="none")
     (grad,) = torch.autograd.grad(loss.sum(), features)
 
@@ -179,9 +216,10 @@ def test_sure_rows_keep_a_relatively_exact_loss(margin: float, K: int) -> None:
     torch.testing.assert_close(grad.double()[:, :K], expected[:, :K], rtol=5e-5, atol=0)
 
 
-def test_hopeless_rows_keep_their_loss_and_gradient() -> None:
+@pytest.mark.parametrize("more", [0, 30])
+def test_hopeless_rows_keep_their_loss_and_gradient(more: int) -> None:
     """True probability underflows to 0: ProxyNCA implementations drop such rows."""
-    prototypes = torch.tensor([[0.0, 0.0], [30.0, 0.0], [0.0, 40.0]])
+    prototypes = torch.tensor([[0.0, 0.0], [30.0, 0.0], [0.0, 40.0], *[[-99.0, 9.0]] * more])
     labels = torch.tensor([1, 2])
     features = torch.tensor([[0.0, 0.1], [29.0, 0.0]])
     compare(features, prototypes, labels, reduction="none")
@@ -190,7 +228,7 @@ def test_hopeless_rows_keep_their_loss_and_gradient() -> None:
     assert torch.equal(true_prob, torch.zeros(2))
 
 
-@pytest.mark.parametrize("K", [1, 2, 7])
+@pytest.mark.parametrize("K", [1, 2, 7, 64])  # 64: their float32 mean is exact
 def test_equal_prototypes(K: int) -> None:
     prototypes = torch.randn(1, 6).repeat(K, 1).requires_grad_()
     features = torch.randn(20, 6, requires_grad=True)
@@ -203,32 +241,44 @@ def test_equal_prototypes(K: int) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("kind", ["zero", "negative", "large", "expanded"])
-def test_gradient_outputs(reduction: str, kind: str) -> None:
-    features, prototypes, labels = problem(18, 4, 5)
-    shape = (18,) if reduction == "none" else ()
+@pytest.mark.parametrize("kind", ["zero", "negative", "large", "some", "expanded"])
+@pytest.mark.parametrize(("N", "K"), [(18, 2), (18, 4), (150, 40)])
+def test_gradient_outputs(reduction: str, kind: str, N: int, K: int) -> None:
+    features, prototypes, labels = problem(N, K, 5)
+    shape = (N,) if reduction == "none" else ()
     grad_output = {
         "zero": torch.zeros(shape),
         "negative": -torch.rand(shape),
         "large": torch.full(shape, 2.0**16),
+        "some": torch.randn(shape) * (torch.rand(shape) < 0.5),
         "expanded": torch.tensor(-1.5).expand(shape),
     }[kind]
     compare(features, prototypes, labels, reduction=reduction, grad_output=grad_output)
 
 
-def test_one_sided_gradients() -> None:
-    features, prototypes, labels = problem(18, 4, 5)
-    z, c = features.clone().requires_grad_(), prototypes.clone().requires_grad_()
-    both = torch.autograd.grad(pycdgkd.prototype_loss(z, c, labels).loss, (z, c))
-    only_z = torch.autograd.grad(pycdgkd.prototype_loss(z, prototypes, labels).loss, (z,))
-    only_c = torch.autograd.grad(pycdgkd.prototype_loss(features, c, labels).loss, (c,))
-    assert torch.equal(both[0], only_z[0])
-    assert torch.equal(both[1], only_c[0])
-
-
-@pytest.mark.parametrize("K", [2, 4])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("counts", [None, [2, 0, 1, 1]])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(18, 2), (18, 4), (18, 33), (1100, 40)])
+def test_one_sided_gradients(
+    dtype: torch.dtype, N: int, K: int, reduction: str, keep: bool
+) -> None:
+    features, prototypes, labels = problem(N, K, 5, dtype)
+    weights = torch.rand(N if reduction == "none" else (), dtype=arithmetic(dtype))
+    z, c = features.clone().requires_grad_(), prototypes.clone().requires_grad_()
+
+    def grads(first: Tensor, second: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
+        loss, _ = pycdgkd.prototype_loss(first, second, labels, reduction=reduction)
+        return torch.autograd.grad(loss, wanted, weights, retain_graph=keep)
+
+    both = grads(z, c, z, c)
+    assert_same_bits(both, [*grads(z, prototypes, z), *grads(features, c, c)])
+    assert_same_bits(both, [*grads(z, c, z), *grads(z, c, c)])
+
+
+@pytest.mark.parametrize("K", [2, 4, 33])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("counts", [None, [2, 0, 1, 1, *range(29)]], ids=["all", "some"])
 def test_gradcheck(K: int, reduction: str, counts: list[int] | None) -> None:
     labels = torch.tensor([0, 1, 0, -100, K - 1])
     features = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)

@@ -11,9 +11,11 @@ from cases import (
     LAYOUTS,
     TOLERANCE,
     assert_grad,
+    assert_same_bits,
     assert_value,
     double_leaf,
     expanded,
+    expanded_columns,
     make_features,
     make_labels,
     make_logits,
@@ -89,6 +91,9 @@ def compare(
         (33, 1, (5, 6)),
         (129, 2, (511, 64)),
         (129, 31, (33, 7)),
+        (1, 33, (7, 4)),
+        (33, 40, (9, 65)),
+        (700, 300, (5,)),
     ],
 )
 def test_matches_reference(
@@ -109,9 +114,10 @@ def test_matches_reference(
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1e3])
-def test_features_far_from_the_origin(offset: float, given: bool, detach: bool) -> None:
+@pytest.mark.parametrize("K", [2, 40])
+def test_features_far_from_the_origin(offset: float, K: int, given: bool, detach: bool) -> None:
     """Batch means are float32 tensors: at norm 1000 their own rounding is 4e-5 of the gradient."""
-    logits, features, labels, prototypes = problem(129, 2, (512, 64), offset=offset)
+    logits, features, labels, prototypes = problem(129, K, (512, 64), offset=offset)
     compare(
         logits,
         features,
@@ -123,38 +129,45 @@ def test_features_far_from_the_origin(offset: float, given: bool, detach: bool) 
 
 
 @pytest.mark.parametrize("proto_weight", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
-def test_options(proto_weight: float, scale: float) -> None:
-    compare(*problem(33, 4, (9, 5)), proto_weight=proto_weight, scale=scale)
+# 40 classes at 0.01: rates differ by 0.2 %, and lambda is their difference over one of them.
+@pytest.mark.parametrize(("K", "scale"), [(4, 0.01), (4, 1.0), (4, 3.0), (40, 0.3), (40, 3.0)])
+def test_options(proto_weight: float, K: int, scale: float) -> None:
+    compare(*problem(33, K, (9, 5)), proto_weight=proto_weight, scale=scale)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [True, False])
-def test_any_strides(dtype: torch.dtype, layout: str, given: bool) -> None:
+@pytest.mark.parametrize("K", [3, 40])
+def test_any_strides(dtype: torch.dtype, layout: str, given: bool, K: int) -> None:
     view = (LAYOUTS | {"expanded": expanded})[layout]
-    logits, features, labels, prototypes = problem(33, 3, (70, 9), dtype)
+    other = (LAYOUTS | {"expanded": expanded_columns})[layout]
+    logits, features, labels, prototypes = problem(33, K, (70, 9), dtype)
     compare(
         view(logits),
         [view(z) for z in features],
         labels,
-        [view(c) for c in prototypes] if given else None,
+        [other(c) for c in prototypes] if given else None,
         detach_prototypes=False,
     )
 
 
-def test_mixed_lower_precisions() -> None:
-    logits, features, labels, prototypes = problem(33, 3, (16, 9))
+@pytest.mark.parametrize(("N", "K"), [(33, 3), (99, 40)])
+def test_mixed_lower_precisions(N: int, K: int) -> None:
+    logits, features, labels, prototypes = problem(N, K, (16, 9))
     halves = [features[0].bfloat16(), features[1].half()]
-    compare(logits, halves, labels, prototypes, detach_prototypes=False)
-    compare(logits, halves, labels, None)
+    compare(logits, halves, labels, prototypes, detach_prototypes=False, scale=3.0)
+    compare(logits, halves, labels, None, scale=3.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("ignore_index", [-100, 1, 255])
 @pytest.mark.parametrize("given", [True, False])
-def test_labels_and_ignored_rows(dtype: torch.dtype, ignore_index: int, given: bool) -> None:
-    logits, features, labels, prototypes = problem(33, 4, (9, 5))
+@pytest.mark.parametrize("K", [4, 40])
+def test_labels_and_ignored_rows(
+    dtype: torch.dtype, ignore_index: int, given: bool, K: int
+) -> None:
+    logits, features, labels, prototypes = problem(33, K, (9, 5))
     if dtype != torch.uint8 or ignore_index > 0:
         labels[[0, 5, 16]] = ignore_index
     labels = labels.to(dtype).repeat_interleave(2)[::2]
@@ -162,29 +175,38 @@ def test_labels_and_ignored_rows(dtype: torch.dtype, ignore_index: int, given: b
     args = (labels, prototypes if given else None)
     result = compare(logits, features, *args, **options)
     ignored = labels == ignore_index
-    for tensor in (logits, *features):
-        tensor[ignored] = torch.nan  # an ignored row is not read
+    leaves = [x.requires_grad_() for x in (logits, *features, *(prototypes if given else ()))]
+    expected = torch.autograd.grad(
+        pycdgkd.teacher_loss(logits, features, *args, **options).loss, leaves
+    )
+    with torch.no_grad():
+        for tensor in (logits, *features):
+            tensor[ignored] = torch.nan  # an ignored row is not read
     again = pycdgkd.teacher_loss(logits, features, *args, **options)
     assert all(torch.equal(a, b) for a, b in zip(again, result, strict=True))
+    assert_same_bits(torch.autograd.grad(again.loss, leaves), expected)
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_absent_classes(given: bool) -> None:
+@pytest.mark.parametrize("K", [5, 40])
+def test_absent_classes(given: bool, K: int) -> None:
     """Rows of an absent class still count in the cross-entropy."""
-    logits, features, labels, prototypes = problem(33, 5, (9, 5))
+    logits, features, labels, prototypes = problem(60, K, (9, 5))
     if given:
-        counts = torch.tensor([3, 0, 1, 0, 2])
+        counts = torch.tensor([3, 0, 1, 0, 2] * (K // 5))
         compare(logits, features, labels, prototypes, class_counts=counts)
         compare(logits, features, labels, prototypes, class_counts=counts, detach_prototypes=False)
     else:
         labels[labels == 2] = 4
         compare(logits, features, labels, None, detach_prototypes=False)
+        compare(logits, features, labels, None)
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_one_class_in_the_batch_looks_converged(detach: bool) -> None:
+@pytest.mark.parametrize("K", [3, 40])
+def test_one_class_in_the_batch_looks_converged(detach: bool, K: int) -> None:
     """With batch means: probability 1, rate N, loss and gradient 0."""
-    logits, features, _, _ = problem(10, 3, (4, 6))
+    logits, features, _, _ = problem(10, K, (4, 6))
     leaves = [z.requires_grad_() for z in features]
     result = pycdgkd.teacher_loss(logits, leaves, torch.full((10,), 2), detach_prototypes=detach)
     assert result.convergence_rates.tolist() == [10.0, 10.0]
@@ -195,10 +217,11 @@ def test_one_class_in_the_batch_looks_converged(detach: bool) -> None:
 
 @pytest.mark.parametrize("labels", [torch.zeros(0, dtype=torch.int64), torch.full((5,), -100)])
 @pytest.mark.parametrize("given", [True, False])
-def test_no_row_takes_part(labels: Tensor, given: bool) -> None:
+@pytest.mark.parametrize("K", [3, 40])
+def test_no_row_takes_part(labels: Tensor, given: bool, K: int) -> None:
     N = len(labels)
-    leaves = [torch.randn(N, 3, requires_grad=True), torch.randn(N, 4, requires_grad=True)]
-    prototypes = [torch.randn(3, 4)] if given else None
+    leaves = [torch.randn(N, K, requires_grad=True), torch.randn(N, 4, requires_grad=True)]
+    prototypes = [torch.randn(K, 4)] if given else None
     result = pycdgkd.teacher_loss(leaves[0], leaves[1:], labels, prototypes)
     assert result.loss.isnan()
     assert result.cross_entropy.isnan()
@@ -208,22 +231,24 @@ def test_no_row_takes_part(labels: Tensor, given: bool) -> None:
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
 
-def test_no_class_seen_yet_leaves_the_cross_entropy() -> None:
+@pytest.mark.parametrize("K", [2, 40])
+def test_no_class_seen_yet_leaves_the_cross_entropy(K: int) -> None:
     """A PrototypeBank before its first refresh: counts 0. The loss must not be NaN."""
-    logits, features, labels, _ = problem(17, 2, (4, 6))
+    logits, features, labels, _ = problem(17, K, (4, 6))
     leaf = logits.requires_grad_()
-    prototypes = [torch.zeros(2, 4), torch.zeros(2, 6)]
+    prototypes = [torch.zeros(K, 4), torch.zeros(K, 6)]
     result = pycdgkd.teacher_loss(
-        leaf, features, labels, prototypes, class_counts=torch.zeros(2, dtype=torch.int64)
+        leaf, features, labels, prototypes, class_counts=torch.zeros(K, dtype=torch.int64)
     )
     torch.testing.assert_close(result.loss, 0.5 * result.cross_entropy)
     assert result.prototype_losses.isnan().all()
     assert torch.autograd.grad(result.loss, leaf)[0].isfinite().all()
 
 
-def test_undetached_batch_means_only_move_rows_against_each_other() -> None:
+@pytest.mark.parametrize("K", [3, 40])
+def test_undetached_batch_means_only_move_rows_against_each_other(K: int) -> None:
     """The loss does not change if all features of a modality move together."""
-    logits, features, labels, _ = problem(129, 3, (64, 33), torch.float64)
+    logits, features, labels, _ = problem(129, K, (64, 33), torch.float64)
     leaves = [z.requires_grad_() for z in features]
     result = pycdgkd.teacher_loss(logits, leaves, labels, detach_prototypes=False, scale=0.1)
     for grad in torch.autograd.grad(result.loss, leaves):
@@ -231,9 +256,10 @@ def test_undetached_batch_means_only_move_rows_against_each_other() -> None:
     assert result.modality_weights.max() > 0
 
 
-def test_weights_are_never_differentiated() -> None:
+@pytest.mark.parametrize("K", [3, 40])
+def test_weights_are_never_differentiated(K: int) -> None:
     """lambda moves the gradient by its value alone: as if it were a constant."""
-    logits, features, labels, prototypes = problem(17, 3, (4, 6), torch.float64)
+    logits, features, labels, prototypes = problem(17, K, (4, 6), torch.float64)
     leaves = [z.requires_grad_() for z in features]
     result = pycdgkd.teacher_loss(logits, leaves, labels, prototypes)
     grads = torch.autograd.grad(result.loss, leaves)
@@ -245,8 +271,9 @@ def test_weights_are_never_differentiated() -> None:
 
 @pytest.mark.parametrize("grad_output", [0.0, -2.5, 2.0**16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gradient_outputs(dtype: torch.dtype, grad_output: float) -> None:
-    logits, features, labels, prototypes = problem(18, 3, (5, 9), dtype)
+@pytest.mark.parametrize("K", [3, 40])
+def test_gradient_outputs(dtype: torch.dtype, grad_output: float, K: int) -> None:
+    logits, features, labels, prototypes = problem(18, K, (5, 9), dtype)
     tensors = [logits, *features, *prototypes]
     exact = [double_leaf(x) for x in tensors]
     fused = [x.clone().requires_grad_() for x in tensors]
@@ -263,9 +290,10 @@ def test_gradient_outputs(dtype: torch.dtype, grad_output: float) -> None:
 
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("detach", [True, False])
-def test_gradcheck(given: bool, detach: bool) -> None:
+@pytest.mark.parametrize("K", [3, 33])
+def test_gradcheck(given: bool, detach: bool, K: int) -> None:
     """Means that are to be detached are passed as constants: numbers would see through detach."""
-    logits, _, labels, prototypes = problem(7, 3, (4, 2), torch.float64)
+    logits, _, labels, prototypes = problem(7, K, (4, 2), torch.float64)
     # lambda is a constant of the method, so it is made one for the numerical derivative too: with
     # one modality sure and the other undecided it is clipped to 1, which a small step cannot move.
     labels[:3], labels[3] = torch.arange(3), -100
@@ -274,7 +302,7 @@ def test_gradcheck(given: bool, detach: bool) -> None:
         make_features(c, labels, noise=n) for c, n in zip(prototypes, (1.0, 0.1), strict=True)
     ]
     leaves = [x.requires_grad_() for x in (logits, *features)]
-    means = [reference.class_prototypes(z.detach(), labels, 3)[0] for z in features]
+    means = [reference.class_prototypes(z.detach(), labels, K)[0] for z in features]
     chosen = prototypes if given else (means if detach else None)
     weights = pycdgkd.teacher_loss(logits, features, labels, chosen).modality_weights
     assert weights.tolist() == [0.0, 1.0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same_bits, make_logits
-from scenarios import LOSSES, WIDTHS, K, N, inputs, run, with_grad
+from scenarios import CASES, LOSSES, MANY, WIDTHS, N, inputs, run, with_grad
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 import pycdgkd
 
 OPS = torch.ops.pycdgkd
-ALL = pytest.mark.parametrize("name", LOSSES)
+ALL = pytest.mark.parametrize(("name", "K"), CASES)
 
 
 @ALL
-def test_inputs_are_left_as_they_were(name: str) -> None:
+def test_inputs_are_left_as_they_were(name: str, K: int) -> None:
     loss, positions = LOSSES[name]
-    leaves = with_grad(inputs(), positions)
+    leaves = with_grad(inputs(K=K), positions)
     versions, copies = [t._version for t in leaves], [t.detach().clone() for t in leaves]
     value = loss(leaves)
     value.backward()
@@ -31,24 +31,31 @@ def test_inputs_are_left_as_they_were(name: str) -> None:
 
 
 @ALL
-def test_backward_twice_adds_the_same(name: str) -> None:
+def test_backward_twice_adds_the_same(name: str, K: int) -> None:
     loss, positions = LOSSES[name]
-    leaves = with_grad(inputs(), positions)
+    leaves = with_grad(inputs(K=K), positions)
     value = loss(leaves)
     wanted = [leaves[i] for i in positions]
-    first = torch.autograd.grad(value, wanted, retain_graph=True)
-    second = torch.autograd.grad(value, wanted)
-    assert_same_bits(first, second)
+    copies = []
+    for keep in (True, True, False):
+        grads = torch.autograd.grad(value, wanted, retain_graph=keep)
+        copies.append([grad.clone() for grad in grads])
+        for grad in grads:  # belongs to the caller: what becomes of it is no matter of the graph
+            if 0 not in grad.stride():  # zeros of a modality that weighs nothing
+                grad.fill_(torch.nan)
+    assert_same_bits(copies[0], copies[1])
+    assert_same_bits(copies[0], copies[2])
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(value, wanted)
 
 
 @ALL
-def test_second_derivatives_are_refused(name: str) -> None:
+@pytest.mark.parametrize("keep", [True, False])
+def test_second_derivatives_are_refused(name: str, K: int, keep: bool) -> None:
     loss, positions = LOSSES[name]
-    leaves = with_grad(inputs(torch.float64), positions)
+    leaves = with_grad(inputs(torch.float64, K), positions)
     wanted = [leaves[i] for i in positions]
-    grads = torch.autograd.grad(loss(leaves), wanted, create_graph=True)
+    grads = torch.autograd.grad(loss(leaves), wanted, create_graph=True, retain_graph=keep)
     plain = torch.autograd.grad(loss(leaves), wanted)
     assert_same_bits([g.detach() for g in grads], plain)
     message = r"pycdgkd\.\w+_backward: has no derivative; second derivatives .* not implemented"
@@ -64,17 +71,36 @@ def saved_tensors(call: Callable[[], Any]) -> list[Tensor]:
 
 
 @ALL
-def test_nothing_is_saved_where_no_gradient_is_wanted(name: str) -> None:
+def test_nothing_is_saved_where_no_gradient_is_wanted(name: str, K: int) -> None:
     loss, positions = LOSSES[name]
-    leaves = with_grad(inputs(), positions)
+    leaves = with_grad(inputs(K=K), positions)
     with torch.no_grad():
         assert not saved_tensors(lambda: loss(leaves))
         quiet = loss(leaves)
     assert not quiet.requires_grad
-    assert not saved_tensors(lambda: loss(inputs()))
+    assert not saved_tensors(lambda: loss(inputs(K=K)))
     with torch.inference_mode():
-        inference = loss(inputs())
-    assert_same_bits([quiet, inference], [run(name)[0]] * 2)
+        inference = loss(inputs(K=K))
+    assert_same_bits([quiet, inference], [run(name, inputs(K=K))[0]] * 2)
+
+
+def left_for_backward(name: str, K: int) -> int:
+    """Elements made by the forward ops for the backward ops.
+
+    Never (N, K) of a prototype loss of many classes, and never (N, D) of one of few.
+    """
+    if name == "class_prototypes":
+        return 0
+    if name == "teacher_loss" and K != MANY:  # gradients at once
+        return N * (K + sum(WIDTHS))
+    if name.startswith("teacher_loss"):
+        statistics = 4 + 3 * len(WIDTHS)
+        padded_classes = (K + 15) // 16 * 16
+        centred = sum((1 + K) * 16 + padded_classes for _ in WIDTHS)  # rows of whole vectors
+        return statistics + centred + (1 if K == MANY else 1 + len(WIDTHS)) * N * K
+    if name.startswith("prototype_loss") and K == MANY:
+        return 0 if name.endswith("rows") else (N + K) * WIDTHS[0]
+    return N * K
 
 
 class Outputs(TorchDispatchMode):
@@ -92,47 +118,49 @@ class Outputs(TorchDispatchMode):
 
 
 @ALL
-def test_no_gradient_is_made_where_none_is_wanted(name: str) -> None:
-    """Without a graph no (N, K) residual or gradient is formed; with one it is."""
+def test_no_gradient_is_made_where_none_is_wanted(name: str, K: int) -> None:
+    """Without a graph nothing is formed for a backward pass; with one what that needs, no more."""
     loss, positions = LOSSES[name]
     sizes = []
     for wanted in (False, True):
         with Outputs() as outputs, torch.set_grad_enabled(wanted):
-            loss(with_grad(inputs(), positions))
+            loss(with_grad(inputs(K=K), positions))
         sizes.append(sum(t.numel() for t in outputs.tensors))
-    if name != "class_prototypes":  # keeps nothing but its inputs
-        assert sizes[1] >= sizes[0] + N * K
+    assert sizes[1] == sizes[0] + left_for_backward(name, K)
     assert sizes[0] <= 2 * N + 2 * K * sum(WIDTHS)
 
 
 @ALL
-def test_only_the_inputs_are_saved_at_their_size(name: str) -> None:
-    """Beside the inputs themselves nothing of size (N, D) is kept: only (M, N, K)."""
+def test_only_the_inputs_are_saved_at_their_size(name: str, K: int) -> None:
+    """Beside the inputs themselves only what the backward pass needs is kept."""
     loss, positions = LOSSES[name]
-    leaves = with_grad(inputs(), positions)
+    leaves = with_grad(inputs(K=K), positions)
     own = {t.untyped_storage().data_ptr() for t in leaves}
     saved = saved_tensors(lambda: loss(leaves))
     extra = {t.untyped_storage().data_ptr(): t for t in saved}
     sizes = [t.untyped_storage().nbytes() for p, t in extra.items() if p not in own]
-    means = sum(K * D for D in WIDTHS)  # of the batch, where the op made them
-    assert sum(sizes) <= 4 * (3 * N * K + means) + 8 * (2 * K + 16)
+    means = K * WIDTHS[0] if name == "class_prototypes" else 0  # kept by the scenario's square()
+    statistics_and_counts = 8 * (2 * K + 16)
+    assert sum(sizes) <= 4 * (left_for_backward(name, K) + means) + statistics_and_counts
 
 
-def test_outputs_of_the_raw_ops_are_empty_without_need_grad() -> None:
-    s, z, _, c, _, y, t, _ = inputs()
-    assert OPS.prototype_loss(z, c, y, None, 1.0, 1, -100, False)[2].numel() == 0
-    *_, residuals, unit_grad = OPS.teacher_loss(s, [z], [c], y, None, 0.5, 1.0, -100, False)
-    assert residuals.numel() == unit_grad.numel() == 0
+@pytest.mark.parametrize("K", [4, MANY])
+def test_outputs_of_the_raw_ops_are_empty_without_need_grad(K: int) -> None:
+    s, z, _, c, _, y, t, _ = inputs(K=K)
+    assert OPS.prototype_loss(z, c, y, None, 1.0, 1, -100, False, False)[2] == []
+    for given in ([c], []):
+        call = (s, [z], given, y, None, 0.5, 1.0, -100, False, False)
+        assert OPS.teacher_loss(*call)[5] == []
     assert OPS.multi_source_kl(s, [t], None, 1.0, 0, 1, False)[1].numel() == 0
     assert OPS.distillation_loss(s, [t], y, None, 0.5, 1.0, 0, 0.0, -100, False)[3].numel() == 0
 
 
 @ALL
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_no_bit(name: str, autocast_dtype: torch.dtype) -> None:
-    before = run(name)
+def test_autocast_changes_no_bit(name: str, K: int, autocast_dtype: torch.dtype) -> None:
+    before = run(name, inputs(K=K))
     with torch.autocast("cpu", dtype=autocast_dtype):
-        during = run(name)
+        during = run(name, inputs(K=K))
     assert_same_bits(before, during)
 
 
@@ -146,20 +174,20 @@ def deterministic() -> Iterator[None]:
 
 @ALL
 @pytest.mark.usefixtures("deterministic")
-def test_every_output_is_written(name: str) -> None:
-    results = run(name)
+def test_every_output_is_written(name: str, K: int) -> None:
+    results = run(name, inputs(K=K))
     torch.use_deterministic_algorithms(False)
     assert all(t.isfinite().all() for t in results)
-    assert_same_bits(results, run(name))
+    assert_same_bits(results, run(name, inputs(K=K)))
 
 
 @ALL
-def test_checkpointing(name: str) -> None:
+def test_checkpointing(name: str, K: int) -> None:
     loss, positions = LOSSES[name]
-    leaves = with_grad(inputs(), positions)
+    leaves = with_grad(inputs(K=K), positions)
     value = torch.utils.checkpoint.checkpoint(lambda: loss(leaves), use_reentrant=False)
     grads = torch.autograd.grad(value, [leaves[i] for i in positions])
-    assert_same_bits([value.detach(), *grads], run(name))
+    assert_same_bits([value.detach(), *grads], run(name, inputs(K=K)))
 
 
 def test_functorch_refuses() -> None:
@@ -169,9 +197,9 @@ def test_functorch_refuses() -> None:
 
 
 @ALL
-def test_low_precision_inputs_get_gradients_of_their_own_type(name: str) -> None:
+def test_low_precision_inputs_get_gradients_of_their_own_type(name: str, K: int) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        x = inputs(dtype)
+        x = inputs(dtype, K)
         value, *grads = run(name, x)
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert [g.dtype for g in grads] == [dtype] * len(grads)
