@@ -2,79 +2,13 @@
 //
 // Rows of few classes are worked on kLanes side by side, longer ones one by one, in pieces: see
 // lanes.h and softmax_rows.h.
-#include "softmax_rows.h"
+#include "distillation_work.h"
 
 namespace pycdgkd {
 namespace PYCDGKD_ISA {
 namespace {
 
 constexpr int64_t kFewClasses = 64;  // up to here rows lie side by side
-
-template <class A, int64_t R>
-struct Workspace {
-  explicit Workspace(const Distillation& d)
-      : rows(d.K),
-        active(count_active(d)),
-        table(R == 1 ? 0 : rows.width),
-        storage(2 * rows.full + (3 + 2 * active) * rows.width),
-        bases((1 + active) * rows.pieces),
-        positions((3 + active) * table),
-        sources(active),
-        inverse_temperature(static_cast<A>(1.0 / d.temperature)),
-        power(d.temperature == 1.0   ? 1
-              : d.temperature == 2.0 ? 2
-                                     : 0) {
-    prob = storage.get();
-    slope = prob + rows.full;
-    staging = slope + rows.full;
-    if (R != 1) {
-      lane_positions(d.K, d.K, 1, positions.get());
-      inverse_positions(d.K, positions.get() + table);
-    }
-    set(student, d.logits, 1.0, 0);
-    student.exps = prob;
-    int64_t next = 0;
-    for (int64_t j = 0; j < d.S; ++j) {
-      if (d.source_weights[j] == 0.0) continue;
-      set(sources.get()[next], d.sources[j], d.source_weights[j], next + 1);
-      ++next;
-    }
-  }
-
-  static int64_t count_active(const Distillation& d) {
-    int64_t count = 0;
-    for (int64_t j = 0; j < d.S; ++j) count += d.source_weights[j] != 0.0 ? 1 : 0;
-    return count;
-  }
-
-  void set(Softmax<A>& s, const Matrix& m, double weight, int64_t index) {
-    constexpr Dtype same = sizeof(A) == 4 ? Dtype::float32 : Dtype::float64;
-    int32_t* direct = positions.get() + (2 + index) * table;
-    const bool reachable =
-        R != 1 && m.dtype == same && lane_positions(rows.K, m.row_stride, m.col_stride, direct);
-    s.reader = {m, rows.K, positions.get(), reachable ? direct : nullptr, staging};
-    s.weight = static_cast<A>(weight);
-    s.inverse_temperature = inverse_temperature;
-    s.values = staging + rows.width + 2 * index * rows.width;
-    s.exps = s.values + rows.width;
-    s.bases = bases.get() + index * rows.pieces;
-  }
-
-  Rows<R> rows;
-  int64_t active, table;
-  Scratch<A> storage, bases;
-  Scratch<int32_t> positions;  // tables of `transpose.h`: contiguous rows, back again, each matrix
-  Scratch<Softmax<A>> sources;
-  A inverse_temperature;
-  int power;  // e^a is this power of e^(a / temperature); 0: another exponential
-  A *prob, *slope, *staging;
-  Softmax<A> student;
-  // Of the rows at hand:
-  A on[kLanes];  // 0: the row takes no part
-  int32_t classes[kLanes];
-  double others[kLanes];  // sums of e^(a - maximum) but for the true class
-  double mean[kLanes];    // of slope: what takes the gradient's sum over the classes to 0
-};
 
 // The line, counted from class `begin`, that holds the true class in each lane, if one does.
 template <class A, int64_t R>
@@ -93,7 +27,7 @@ template <class A, int64_t R>
 void true_logits(const Workspace<A, R>& w, A* value) {
   if constexpr (R == 1) {
     const int32_t k = w.classes[0];
-    load_row(w.student.reader.matrix, w.rows.first, k >= 0 ? k : 0, value, 1, 1);
+    load_at_hand(w.rows, w.student, k >= 0 ? k : 0, 1, value);
     for (int64_t r = 1; r < kLanes; ++r) value[r] = value[0];
   } else {
     A line[kLanes];
@@ -338,6 +272,9 @@ void block(const Distillation& d, Workspace<A, R>& w, int64_t index) {
   for (int64_t first = begin; first < end; first += R) {
     A loss[kLanes] = {};
     double kl[kLanes];
+    if constexpr (R == 1) {
+      if (first >= w.copied) copy_group(w, first);
+    }
     w.rows.first = first;
     w.rows.rows = end - first < R ? end - first : R;
     some_rows(d, w, loss, kl);
@@ -371,6 +308,7 @@ void run(const Distillation& d, ParallelFor threads) {
   parallel_for(threads, num_blocks(d.N), kBlockRows * d.K * (d.S + 2),
                [&](int64_t begin, int64_t end) {
                  Workspace<A, R> workspace(d);
+                 workspace.last = end * kBlockRows < d.N ? end * kBlockRows : d.N;
                  for (int64_t index = begin; index < end; ++index) block(d, workspace, index);
                });
 }

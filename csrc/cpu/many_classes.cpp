@@ -1,5 +1,6 @@
 // Eqs. 2-4 for many classes, beside a matrix product: the operand of a block of rows, its softmax.
 #include "prototypes.h"
+#include "turn.h"
 
 namespace pycdgkd {
 namespace PYCDGKD_ISA {
@@ -10,13 +11,14 @@ constexpr int64_t kTerms = 1024;  // a float sum takes 64 terms a lane, then goe
 template <class A>
 void centre_block(const CentreRows& c) {
   const A* mean = static_cast<const A*>(c.mean);
+  A* rows = static_cast<A*>(c.rows);
+  load_rows(c.features, 0, c.N, 0, c.D, rows, c.D);
   for (int64_t i = 0; i < c.N; ++i) {
-    A* row = static_cast<A*>(c.rows) + i * c.D;
-    if (c.classes[i] < 0) {
+    A* row = rows + i * c.D;
+    if (c.classes[i] < 0) {  // 0 times what an ignored row may hold is not always 0
       std::memset(row, 0, static_cast<size_t>(c.D) * sizeof(A));
       continue;
     }
-    load_row(c.features, i, 0, row, 1, c.D);
 #pragma omp simd
     for (int64_t j = 0; j < c.D; ++j) row[j] -= mean[j];
   }

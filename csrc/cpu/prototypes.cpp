@@ -3,6 +3,7 @@
 // features again. Four rows at a time share every load of a prototype.
 #include "prototypes.h"
 #include "lanes.h"
+#include "turn.h"
 
 namespace pycdgkd {
 namespace PYCDGKD_ISA {
@@ -114,7 +115,10 @@ void dot_rows(const A* const (&x)[kRows], int64_t D, const CentredArrays<A>& p, 
 template <class A>
 struct ForwardWork {
   explicit ForwardWork(const PrototypeForward& p)
-      : lanes(p.K * kLanes), storage(3 * lanes + kRows * padded(p.D) + kRows * (p.K + 1)) {
+      : lanes(p.K * kLanes),
+        storage(3 * lanes + kRows * padded(p.D) + kRows * (p.K + 1)),
+        across(lies_across(p.features)),
+        block(across ? kLanes * padded(p.D) : 0) {
     logits = storage.get();
     exps = logits + lanes;
     residual = exps + lanes;
@@ -123,6 +127,8 @@ struct ForwardWork {
   }
   int64_t lanes;
   Scratch<A> storage;
+  bool across;  // rows are read through copies of a whole block
+  Scratch<A> block;
   A *logits, *exps, *residual, *rows;
   A (*products)[kRows];  // by prototype
 };
@@ -130,12 +136,11 @@ struct ForwardWork {
 // a_k = 2 scale (z - mean).(c_k - mean) - scale |c_k - mean|^2: -scale |z - c_k|^2 but for a term
 // that all classes share. Of two classes only the difference matters: one product instead of two.
 template <class A>
-void four_logits(const PrototypeForward& p, const CentredArrays<A>& c, int64_t first, A* logits,
-                 ForwardWork<A>& work) {
+void four_logits(const PrototypeForward& p, const Matrix& features, int64_t N,
+                 const CentredArrays<A>& c, int64_t first, A* logits, ForwardWork<A>& work) {
   const A* x[kRows];
-  const bool in_place = four_rows(p.features, first, p.N, 0, p.D, work.rows, padded(p.D), x);
-  const int64_t ahead =
-      in_place && first + 2 * kRows <= p.N ? kRows * p.features.row_stride : int64_t{0};
+  const bool in_place = four_rows(features, first, N, 0, p.D, work.rows, padded(p.D), x);
+  const int64_t ahead = in_place && first + 2 * kRows <= N ? kRows * features.row_stride : 0;
   const A twice = static_cast<A>(2.0 * p.scale);
   constexpr A lowest = std::numeric_limits<A>::lowest();
   if (p.K == 2 && c.bias[0] >= lowest && c.bias[1] >= lowest) {  // two classes that take part
@@ -161,11 +166,18 @@ void forward_block(const PrototypeForward& p, const CentredArrays<A>& c, int64_t
   const int64_t rows = p.N - first < kBlockRows ? p.N - first : kBlockRows;
   int32_t classes[kLanes];
   load_classes(p.classes, first, rows, classes);
+  Matrix features = p.features;
+  if (work.across) {
+    constexpr Dtype same = sizeof(A) == sizeof(double) ? Dtype::float64 : Dtype::float32;
+    load_rows(p.features, first, rows, 0, p.D, work.block.get(), padded(p.D));
+    features = {work.block.get(), padded(p.D), 1, same};
+  }
+  const int64_t start = work.across ? 0 : first, N = work.across ? rows : p.N;
   for (int64_t r = 0; r < kLanes; r += kRows) {
     const bool any =
         classes[r] >= 0 || classes[r + 1] >= 0 || classes[r + 2] >= 0 || classes[r + 3] >= 0;
     if (any) {
-      four_logits(p, c, first + r, work.logits + r, work);
+      four_logits(p, features, N, c, start + r, work.logits + r, work);
     } else {
       for (int64_t k = 0; k < p.K; ++k) {
         for (int64_t s = r; s < r + kRows; ++s) work.logits[k * kLanes + s] = A(0);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "transpose.h"
+#include "turn.h"
 
 namespace pycdgkd {
 namespace PYCDGKD_ISA {
@@ -47,6 +48,8 @@ struct Rows {
 template <class A>
 struct Softmax {
   BlockReader<A> reader;
+  const Matrix* across;  // null, or: the reader has contiguous copies of this one's rows, from
+  int64_t first;         // row `first` on
   A weight;
   A inverse_temperature;
   A *values, *exps;  // logits and their exponentials; of the piece at hand, unless kept
@@ -57,11 +60,17 @@ struct Softmax {
   A offset[kLanes], log_ratio[kLanes];  // of a source, see prepare_source
 };
 
+// Columns [column, column + count) of the row at hand (R = 1).
+template <class A>
+void load_at_hand(const Rows<1>& rows, const Softmax<A>& s, int64_t column, int64_t count, A* to) {
+  load_row(s.reader.matrix, rows.first - s.first, column, to, 1, count);
+}
+
 template <class A, int64_t R>
 void load(const Rows<R>& rows, const Softmax<A>& s, const Piece& p) {
   A* values = s.values + rows.place(p);
   if constexpr (R == 1) {
-    load_row(s.reader.matrix, rows.first, p.begin, values, 1, p.count);
+    load_at_hand(rows, s, p.begin, p.count, values);
     for (int64_t j = p.count; j < p.height * kLanes; ++j) {
       values[j] = -std::numeric_limits<A>::infinity();
     }
@@ -75,9 +84,8 @@ template <class A, int64_t R>
 void exponentials(const Rows<R>& rows, const Softmax<A>& s, const Piece& p, const A* base, A* exps,
                   double* sum) {
   const Matrix& m = s.reader.matrix;
-  const int64_t end = p.begin + p.count;
-  const int64_t next =
-      end < rows.K ? rows.first * m.row_stride + end : (rows.first + rows.rows) * m.row_stride;
+  const int64_t end = p.begin + p.count, row = rows.first - s.first;
+  const int64_t next = end < rows.K ? row * m.row_stride + end : (row + rows.rows) * m.row_stride;
   const A* values = s.values + rows.place(p);
   const bool dense = m.col_stride == 1 && (R == 1 || m.row_stride == rows.K);
   const auto* ahead = dense ? static_cast<const char*>(m.data) + next * size_of(m.dtype)
@@ -153,7 +161,7 @@ template <class A, int64_t R>
 void at_likeliest(const Rows<R>& rows, const Softmax<A>& weighing, const Softmax<A>& other,
                   A* value) {
   if constexpr (R == 1) {
-    load_row(other.reader.matrix, rows.first, weighing.likeliest, value, 1, 1);
+    load_at_hand(rows, other, weighing.likeliest, 1, value);
     for (int64_t r = 1; r < kLanes; ++r) value[r] = value[0];
   } else {
     lane_at_maximum(weighing.values, weighing.maximum, other.values, rows.K, value);

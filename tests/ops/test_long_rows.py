@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_grad, assert_value, double_leaf, make_logits
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    assert_grad,
+    assert_value,
+    double_leaf,
+    expanded,
+    make_logits,
+)
 from torch import Tensor
 
 import pycdgkd
@@ -98,3 +106,25 @@ def test_rows_far_apart_in_memory(K: int) -> None:
     logits.copy_(make_logits(5, K))
     sources = [make_logits(5, K), make_logits(K, 5).t()]
     compare(logits, sources, torch.arange(5))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded", "one column"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(1, 65), (37, 100), (83, 65), (130, 1030)])
+def test_any_strides(N: int, K: int, dtype: torch.dtype, layout: str) -> None:
+    """Transposed rows are copied 64 at a time, in tiles of 16 by 16: neither divides all sizes."""
+    view = (
+        LAYOUTS | {"expanded": expanded, "one column": lambda x: x[:, :1].expand(-1, x.shape[1])}
+    )[layout]
+    sources = [view(make_logits(N, K, dtype=dtype)), make_logits(N, K, dtype=dtype)]
+    compare(view(make_logits(N, K, dtype=dtype)), sources, torch.arange(N) % K)
+
+
+@pytest.mark.parametrize("K", [70001, 2**20 + 3])
+def test_transposed_rows_too_long_to_be_copied_together(K: int) -> None:
+    N = 18 if K < 2**20 else 2
+    logits, source, labels = make_logits(K, N), make_logits(K, N), torch.arange(N)
+    straight = pycdgkd.distillation_loss(logits.t().contiguous(), [source.t().contiguous()], labels)
+    across = pycdgkd.distillation_loss(logits.t(), [source.t()], labels)
+    for ours, theirs in zip(across, straight, strict=True):
+        assert torch.equal(ours, theirs)

@@ -108,6 +108,13 @@ def test_any_strides(dtype: torch.dtype, layout: str, K: int, reduction: str) ->
     compare(view(features), other(prototypes), labels, reduction=reduction)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_of_many_classes(dtype: torch.dtype, layout: str) -> None:
+    features, prototypes, labels = problem(33, 40, 70, dtype)
+    compare(LAYOUTS[layout](features), LAYOUTS[layout](prototypes), labels)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("K", [5, 40])
 def test_label_types(dtype: torch.dtype, K: int) -> None:
