@@ -1,0 +1,101 @@
+"""How an op gets its shape function and its gradient, and what their backward passes share."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pycdgkd import _C  # noqa: F401  importing it registers the schemas and the kernels
+
+FEW_CLASSES = 32  # csrc/cpu_modality.h: up to here an (N, K) residual is kept for the backward pass
+SMALL_FEATURES = 1 << 18  # csrc/cpu_teacher_ops.cpp: up to here gradients are made at once
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+DIRECTIONS = {"reverse": 0, "forward": 1}
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for all lower precisions."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new(like: Tensor, *shape: int | torch.SymInt, dtype: torch.dtype | None = None) -> Tensor:
+    """An output's shape for tracing; of the arithmetic dtype unless told otherwise."""
+    return like.new_empty(shape, dtype=dtype or arithmetic_dtype(like.dtype))
+
+
+def register(name: str, fake: Any, backward: Any = None, setup_context: Any = None) -> None:
+    """Shape function and gradient of an op; without ``backward`` its derivative is an error."""
+    torch.library.register_fake(f"pycdgkd::{name}", fake)
+    if backward is None:
+
+        def backward(*_: Any) -> Any:
+            raise RuntimeError(
+                f"pycdgkd.{name}: has no derivative; second derivatives of the fused losses are "
+                "not implemented (pycdgkd.reference states them in plain torch)"
+            )
+
+    torch.library.register_autograd(f"pycdgkd::{name}", backward, setup_context=setup_context)
+
+
+_autograd: Any = cast(Any, torch.library.Library)("pycdgkd", "IMPL")
+
+
+def register_differentiable(name: str, fake: Any, call: Any) -> None:
+    """``call`` takes the op's arguments; it is also what the public functions call directly.
+
+    A hand-written ``torch.autograd.Function`` costs a third of what ``register_autograd`` adds to
+    each call (it flattens every argument), which at the paper's batch is most of the time.
+    """
+    torch.library.register_fake(f"pycdgkd::{name}", fake)
+    _autograd.impl(name, call, "Autograd")
+
+
+def kernel(op: Any, *arguments: Any) -> Any:
+    """The op below autograd: the functions of this package attach the graph themselves."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def backward_kernel(op: Any, *arguments: Any) -> Any:
+    """A backward op; where a graph of it is asked for, autograd says that there is none."""
+    return op(*arguments) if torch.is_grad_enabled() else kernel(op, *arguments)
+
+
+def require_saved(need_grad: bool, op: str) -> None:
+    """Raise unless the forward pass was told to leave what its gradient needs."""
+    if not need_grad:
+        raise RuntimeError(
+            f"pycdgkd.{op}: called without need_grad, but its gradient is asked for; "
+            "call the public function, or ask for it"
+        )
+
+
+def wants_graph(*tensors: Tensor) -> bool:
+    """Whether a call on these tensors is to be recorded."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def can_look(grad_loss: Tensor) -> bool:
+    """Whether values may be looked at here: on the CPU (a device would have to be waited for), not
+    while tracing (tensor subclasses), nor where a graph of the gradient is asked for.
+    """
+    return type(grad_loss) is Tensor and grad_loss.is_cpu and not torch.is_grad_enabled()
+
+
+def is_final(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
+    """Whether the gradient that the forward pass left for grad_loss = 1 can be handed out itself:
+    only if the graph is not kept for another pass.
+    """
+    return (
+        can_look(grad_loss)
+        and grad_loss.dim() == 0
+        and unit_grad.dtype == like.dtype
+        and not _graph_is_kept()
+        and grad_loss.item() == 1.0
+    )
+
+
+# Without the means to ask, assume that the graph is kept.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
