@@ -47,7 +47,8 @@ void for_columns(int64_t steps, const Body& body) {
   for (; m < steps; m += kWidth<A>) body(m, Count<1>{});
 }
 
-inline Matrix line(const Strided& x, int64_t i, int64_t j, int64_t k, int64_t step) {
+// The elements from (i, j, k) on, a step apart, as a matrix of one row.
+inline Matrix row_of(const Strided& x, int64_t i, int64_t j, int64_t k, int64_t step) {
   const int64_t offset = i * x.strides[0] + j * x.strides[1] + k * x.strides[2];
   return {static_cast<const char*>(x.data) + offset * size_of(x.dtype), 0, step, x.dtype};
 }
@@ -92,7 +93,7 @@ void load_phases(const TemporalConv& c, const Plan<A>& plan, int64_t row, A* pha
   for (int64_t p = 0; p < c.pool; ++p) {
     A* phase = phases + p * plan.stride;
     const int64_t count = p < used ? (used - p + c.pool - 1) / c.pool : 0;
-    const Matrix samples = line(c.eeg, row / c.C, row % c.C, p, c.eeg.strides[2] * c.pool);
+    const Matrix samples = row_of(c.eeg, row / c.C, row % c.C, p, c.eeg.strides[2] * c.pool);
     load_row(samples, 0, 0, phase, 1, count);
     for (int64_t m = count; m < plan.stride; ++m) phase[m] = A(0);
   }
@@ -155,8 +156,8 @@ void forward(const TemporalConv& c, ParallelFor threads) {
           pooled<A, tile.value, columns.value>(plan, c, phases.get(), first, m, results.get());
         });
         for (int64_t q = 0; q < tile.value && first + q < c.T; ++q) {
-          const int64_t line = (row / c.C * c.T + first + q) * c.C + row % c.C;
-          store_row(results.get() + q * plan.steps, c.out, c.out_dtype, line, c.M);
+          const int64_t at = (row / c.C * c.T + first + q) * c.C + row % c.C;
+          store_row(results.get() + q * plan.steps, c.out, c.out_dtype, at, c.M);
         }
       });
     }
@@ -193,7 +194,7 @@ void load_grad(const TemporalConvBackward& b, const Plan<A>& plan, int64_t row, 
     A* to = grad + q * plan.steps;
     const bool given = first + q < c.T;
     if (given) {
-      const Matrix from = line(b.grad, row / c.C, first + q, row % c.C, b.grad.strides[3]);
+      const Matrix from = row_of(b.grad, row / c.C, first + q, row % c.C, b.grad.strides[3]);
       load_row(from, 0, 0, to, 1, c.M);
     }
     for (int64_t m = 0; m < plan.steps; ++m) to[m] = given && m < c.M ? to[m] * plan.inverse : A(0);
