@@ -162,6 +162,38 @@ struct ScaleRows {
   Dtype grad_dtype;
 };
 
+// An array of up to four dimensions.
+struct Strided {
+  const void* data;
+  int64_t strides[4];
+  Dtype dtype;
+};
+
+// TSception's first layer: out_btcm = mean over p < pool of f(bias_t + sum_i weight_ti
+// eeg_bc,(m pool + p + i)), where f(x) = x for x > 0, else slope x.
+struct TemporalConv {
+  int64_t B, C, L, T, k, pool, M;
+  bool wide;
+  double slope;
+  Strided eeg;    // (B, C, L)
+  Matrix weight;  // (T, k)
+  Matrix bias;    // (1, T)
+  void* out;      // (B, T, C, M) of out_dtype, contiguous
+  Dtype out_dtype;
+};
+
+// The kernels' gradients are summed by blocks of rows (b, c), at most 64 of them.
+inline constexpr int64_t temporal_conv_block(int64_t rows) {
+  return num_blocks(rows / 64 + 1) * kBlockRows;
+}
+
+struct TemporalConvBackward {
+  TemporalConv conv;   // without out
+  Strided grad;        // (B, T, C, M)
+  void* grad_eeg;      // (B, C, L) of conv.out_dtype, contiguous
+  double* block_sums;  // (blocks, T, k + 1): of each kernel, and of its bias
+};
+
 struct Kernels {
   const char* isa;
   void (*class_means)(const ClassMeans&, ParallelFor);
@@ -174,6 +206,8 @@ struct Kernels {
   void (*softmax_rows)(const SoftmaxRows&);
   void (*distillation)(const Distillation&, ParallelFor);
   void (*scale_rows)(const ScaleRows&, ParallelFor);
+  void (*temporal_conv)(const TemporalConv&, ParallelFor);
+  void (*temporal_conv_backward)(const TemporalConvBackward&, ParallelFor);
   void (*exp_float)(const float* x, float* y, int64_t count);
   void (*exp_double)(const double* x, double* y, int64_t count);
   void (*log_float)(const float* x, float* y, int64_t count);

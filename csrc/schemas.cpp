@@ -49,4 +49,11 @@ STABLE_TORCH_LIBRARY(pycdgkd, m) {
       " int ignore_index, bool need_grad)"
       " -> (Tensor loss, Tensor cross_entropy, Tensor kl, Tensor unit_grad)");
   m.def("distillation_loss_backward(Tensor grad_loss, Tensor unit_grad, Tensor logits) -> Tensor");
+
+  // The first layer of TSception (pycdgkd/models/tsception.py).
+  m.def("temporal_conv(Tensor eeg, Tensor weight, Tensor bias, int pool, float slope) -> Tensor");
+  m.def(
+      "temporal_conv_backward(Tensor grad, Tensor eeg, Tensor weight, Tensor bias, int pool,"
+      " float slope, bool need_eeg)"
+      " -> (Tensor grad_eeg, Tensor grad_weight, Tensor grad_bias)");
 }

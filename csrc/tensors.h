@@ -76,6 +76,13 @@ class Arguments {
   ScalarType arithmetic() const { return wide() ? ScalarType::Double : ScalarType::Float; }
   int64_t bytes() const { return wide() ? 8 : 4; }  // of an element of the arithmetic type
 
+  // Of a floating tensor of any shape.
+  Dtype dtype(const std::string& name, const Tensor& tensor) {
+    const Dtype dtype = dtype_of(op_, name, tensor);
+    arithmetic(name, dtype == Dtype::float64, tensor);
+    return dtype;
+  }
+
   // A (rows, columns) tensor; a negative size accepts any and is called by its letter.
   Matrix matrix(const std::string& name, const Tensor& tensor, int64_t rows, int64_t columns,
                 const char* letters = "NK") {

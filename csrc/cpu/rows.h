@@ -25,6 +25,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() { return data_; }
+  const T* get() const { return data_; }
 
  private:
   T* data_;

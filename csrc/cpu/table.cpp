@@ -17,6 +17,8 @@ void centre_rows(const CentreRows&);
 void softmax_rows(const SoftmaxRows&);
 void distillation(const Distillation&, ParallelFor);
 void scale_rows(const ScaleRows&, ParallelFor);
+void temporal_conv(const TemporalConv&, ParallelFor);
+void temporal_conv_backward(const TemporalConvBackward&, ParallelFor);
 
 namespace {
 
@@ -47,6 +49,8 @@ const Kernels table = {
     softmax_rows,
     distillation,
     scale_rows,
+    temporal_conv,
+    temporal_conv_backward,
     exp_array<float>,
     exp_array<double>,
     log_array<float>,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import pycdgkd.ops  # noqa: F401  registers torch.ops.pycdgkd
 from pycdgkd.errors import InputError
 
 _SLOPE = 0.01  # of every LeakyReLU
@@ -22,9 +23,11 @@ _SPATIAL = ("global", "hemisphere")
 class TemporalConv(nn.Module):
     """Convolution along time, LeakyReLU and mean pooling: (B, 1, C, L) -> (B, T, C, M).
 
-    The three run as one matrix product: segments of k + pool - 1 samples, a pool apart, against
-    every kernel at each of the ``pool`` offsets, and a mean over the offsets. On a CPU that takes
-    half the time, forward and backward, of a convolution of one input channel with a long kernel.
+    On a CPU the three are one op, which never stores the activations before pooling. Elsewhere, and
+    where an op of ours could not be followed, they run as one matrix product: segments of
+    k + pool - 1 samples, a pool apart, against every kernel at each of the ``pool`` offsets, and a
+    mean over the offsets. That takes half the time of a convolution of one input channel with a
+    long kernel.
     """
 
     def __init__(self, num_kernels: int, length: int, pool: int) -> None:
@@ -38,6 +41,14 @@ class TemporalConv(nn.Module):
 
     def forward(self, eeg: Tensor) -> Tensor:
         """(B, 1, C, L) -> (B, T, C, M) with M = (L - k + 1) // pool."""
+        if not eeg.is_cpu or _needs_torch_alone():
+            return self._matrix_product(eeg)
+        out: Tensor = torch.ops.pycdgkd.temporal_conv(
+            eeg.squeeze(1), self.weight.flatten(1), self.bias, self.pool, _SLOPE
+        )
+        return out
+
+    def _matrix_product(self, eeg: Tensor) -> Tensor:
         batch, _, chans, times = eeg.shape
         kernels, _, _, length = self.weight.shape
         pool = self.pool
@@ -50,6 +61,14 @@ class TemporalConv(nn.Module):
         # Not mean(): its gradient would be a copy of the size of out, that of sum() is a view.
         out = out.view(batch * chans * steps, pool, kernels).sum(dim=1) / pool
         return out.view(batch, chans, steps, kernels).permute(0, 3, 1, 2).contiguous()
+
+
+def _needs_torch_alone() -> bool:
+    """Exported graphs must run without this package; function transforms need rules for its ops."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    traced = torch._C._get_tracing_state() is not None
+    return traced or torch._C._are_functorch_transforms_active()
 
 
 class TSceptionEncoder(nn.Module):

@@ -23,6 +23,7 @@ from .distillation import distillation_loss, multi_source_kl
 from .prototypes import prototype_loss
 from .registration import DIRECTIONS, REDUCTIONS, arithmetic_dtype
 from .teacher import attach_teacher_gradient, teacher_loss
+from .temporal_conv import temporal_conv
 
 __all__ = [
     "DIRECTIONS",
@@ -35,6 +36,7 @@ __all__ = [
     "multi_source_kl",
     "prototype_loss",
     "teacher_loss",
+    "temporal_conv",
 ]
 
 build_info = _C.build_info

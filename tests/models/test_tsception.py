@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pycdgkd.errors import InputError
-from pycdgkd.models import EEG_LEVELS, TSceptionEncoder
+from pycdgkd.models import EEG_LEVELS, TSceptionEncoder, tsception
 from pycdgkd.models.tsception import TemporalConv, convert_official
 
 Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]
@@ -100,14 +100,17 @@ def test_order_of_spatial_names_does_not_matter() -> None:
     assert torch.equal(one(eeg), two(eeg))
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("length", "pool", "times"), [(16, 8, 100), (7, 3, 40), (1, 4, 9)])
 def test_temporal_convolution_is_convolution_leaky_relu_pooling(
-    length: int, pool: int, times: int
+    length: int, pool: int, times: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tsception, "_needs_torch_alone", lambda: not fused)
     layer = TemporalConv(5, length, pool).double()
     eeg = torch.randn(2, 1, 3, times, dtype=torch.float64, requires_grad=True)
     pieces = (eeg, layer.weight, layer.bias)
     ours = layer(eeg)
+    assert ("TemporalConv" in type(ours.grad_fn).__name__) == fused
     plain_out = F.avg_pool2d(F.leaky_relu(F.conv2d(eeg, layer.weight, layer.bias), 0.01), (1, pool))
     torch.testing.assert_close(ours, plain_out, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(ours)
@@ -115,6 +118,39 @@ def test_temporal_convolution_is_convolution_leaky_relu_pooling(
     expected = torch.autograd.grad(plain_out, pieces, weight)
     for grad, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_transforms_and_exported_graphs_get_the_matrix_product() -> None:
+    layer = TemporalConv(5, 16, 8)
+    eeg = torch.randn(3, 2, 1, 4, 100)
+    want = torch.stack([layer(x) for x in eeg])
+    torch.testing.assert_close(torch.func.vmap(layer)(eeg), want)
+    program = torch.export.export(layer, (eeg[0],))
+    assert not [n for n in program.graph.nodes if "pycdgkd" in str(n.target)]
+    torch.testing.assert_close(program.module()(eeg[0]), want[0])
+    torch.testing.assert_close(torch.jit.trace(layer, (eeg[0],))(eeg[0]), want[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+def test_temporal_convolution_compiles() -> None:
+    layer, eeg = TemporalConv(5, 16, 8), torch.randn(2, 1, 4, 100)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (layer, compiled):
+        out = function(eeg)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*layer.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_temporal_convolution_keeps_its_precision_under_autocast() -> None:
+    layer, eeg = TemporalConv(5, 16, 8), torch.randn(2, 1, 4, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(eeg)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, layer(eeg))
 
 
 def test_kernel_lengths_are_floored_and_sizes_are_the_published_ones() -> None:
