@@ -218,9 +218,12 @@ def test_sure_rows_keep_a_relatively_exact_loss(margin: float, K: int) -> None:
     z, c = features.detach().double(), prototypes.double()
     prob = (-torch.cdist(z, c).square()).softmax(1).fill_diagonal_(0.0)  # all but the true class
     others = prob.sum(1)
-    torch.testing.assert_close(loss.double(), -torch.log1p(-others), rtol=5e-5, atol=0)
+    # A float32 logit of size 80 is right to some 1e-5, and so, relatively, is its exponential; the
+    # 1600 of K = 40 have farther outliers.
+    rtol = 5e-5 if K <= 3 else 1e-4
+    torch.testing.assert_close(loss.double(), -torch.log1p(-others), rtol=rtol, atol=0)
     expected = 2 * (prob @ c - others[:, None] * c)
-    torch.testing.assert_close(grad.double()[:, :K], expected[:, :K], rtol=5e-5, atol=0)
+    torch.testing.assert_close(grad.double()[:, :K], expected[:, :K], rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("more", [0, 30])
