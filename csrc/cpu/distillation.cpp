@@ -8,7 +8,13 @@ namespace pycdgkd {
 namespace PYCDGKD_ISA {
 namespace {
 
-constexpr int64_t kFewClasses = 64;  // up to here rows lie side by side
+// Up to here rows lie side by side: longer than that, turning them costs more than the rim of each
+// row. Gathers turn them faster (transpose.h).
+#if defined(__AVX512F__)
+constexpr int64_t kFewClasses = 256;
+#else
+constexpr int64_t kFewClasses = 100;
+#endif
 
 // The line, counted from class `begin`, that holds the true class in each lane, if one does.
 template <class A, int64_t R>
