@@ -15,7 +15,7 @@ constexpr int64_t kClassesTogether = 1024;
 // Rows of a block: few enough that its products stay in a cache and that threads can share them
 // out, enough for a matrix product to pay.
 int64_t block_rows(int64_t N, int64_t K) {
-  const int64_t cached = std::clamp<int64_t>((int64_t{1} << 19) / K / 16 * 16, 128, 512);
+  const int64_t cached = std::clamp<int64_t>((int64_t{1} << 18) / K / 16 * 16, 128, 512);
   return std::min(cached, std::max<int64_t>(32, padded(N / 4)));
 }
 
