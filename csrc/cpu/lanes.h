@@ -19,26 +19,33 @@ inline int64_t lane_height(int64_t K) {
   return R == 1 ? (K + kLanes - 1) / kLanes : K;
 }
 
-// total = the sums of term(k, r) over the lines k of each lane r; fetch(k) comes before each line.
+// part = the sums of term(k, r) over the lines [begin, end), in A; fetch(k) comes before each line.
+template <class A, class Term, class Fetch>
+inline void lane_part(int64_t begin, int64_t end, A* part, const Term& term, const Fetch& fetch) {
+  for (int64_t r = 0; r < kLanes; ++r) part[r] = A(0);
+  for (int64_t k = begin; k < end; ++k) {
+    fetch(k);
+#pragma omp simd
+    for (int64_t r = 0; r < kLanes; ++r) part[r] += term(k, r);
+  }
+}
+
+// total = the sums of term(k, r) over the lines k of each lane r.
 template <class A, int64_t R = kLanes, class Term, class Fetch>
 inline void lane_sum(int64_t height, double* total, const Term& term, const Fetch& fetch) {
-  double sums[kLanes] = {};
-  for (int64_t begin = 0; begin < height; begin += kChunk) {
-    const int64_t end = height - begin < kChunk ? height : begin + kChunk;
-    A part[kLanes] = {};
-    for (int64_t k = begin; k < end; ++k) {
-      fetch(k);
+  A part[kLanes];
+  lane_part(0, height < kChunk ? height : kChunk, part, term, fetch);
 #pragma omp simd
-      for (int64_t r = 0; r < kLanes; ++r) part[r] += term(k, r);
-    }
+  for (int64_t r = 0; r < kLanes; ++r) total[r] = static_cast<double>(part[r]);
+  for (int64_t begin = kChunk; begin < height; begin += kChunk) {
+    lane_part(begin, height - begin < kChunk ? height : begin + kChunk, part, term, fetch);
 #pragma omp simd
-    for (int64_t r = 0; r < kLanes; ++r) sums[r] += static_cast<double>(part[r]);
+    for (int64_t r = 0; r < kLanes; ++r) total[r] += static_cast<double>(part[r]);
   }
   if (R == 1) {
-    for (int64_t r = 1; r < kLanes; ++r) sums[0] += sums[r];
-    for (int64_t r = 1; r < kLanes; ++r) sums[r] = sums[0];
+    for (int64_t r = 1; r < kLanes; ++r) total[0] += total[r];
+    for (int64_t r = 1; r < kLanes; ++r) total[r] = total[0];
   }
-  for (int64_t r = 0; r < kLanes; ++r) total[r] = sums[r];
 }
 
 template <class A, int64_t R = kLanes, class Term>
