@@ -109,6 +109,7 @@ void add_source(const Distillation& d, const Workspace<A, R>& w, const Softmax<A
   const A weight = source.weight, inverse_temperature = w.inverse_temperature;
   A inverse[kLanes], offset[kLanes], log_ratio[kLanes];
   inverse_total(w.rows, source, p, inverse);
+#pragma omp simd
   for (int64_t r = 0; r < kLanes; ++r) {
     offset[r] = source.offset[r];
     log_ratio[r] = source.log_ratio[r];
@@ -134,6 +135,7 @@ void add_source(const Distillation& d, const Workspace<A, R>& w, const Softmax<A
       return kl_share(q, prob[at], -x);
     });
   }
+#pragma omp simd
   for (int64_t r = 0; r < kLanes; ++r) kl[r] += static_cast<double>(weight) * share[r];
 }
 
@@ -141,6 +143,7 @@ void add_source(const Distillation& d, const Workspace<A, R>& w, const Softmax<A
 template <class A, int64_t R>
 void divergences(const Distillation& d, Workspace<A, R>& w, double* kl) {
   const bool reverse = d.direction == Direction::reverse;
+#pragma omp simd
   for (int64_t r = 0; r < kLanes; ++r) w.mean[r] = 0.0;
   w.rows.for_pieces([&](const Piece& p) {
     A *prob = w.prob + p.begin, *slope = w.slope + p.begin;
@@ -164,6 +167,7 @@ void divergences(const Distillation& d, Workspace<A, R>& w, double* kl) {
       const A q = prob[k * kLanes + r], x = slope[k * kLanes + r];
       return reverse ? (q == A(0) ? A(0) : q * x) : x;
     });
+#pragma omp simd
     for (int64_t r = 0; r < kLanes; ++r) w.mean[r] += sum[r];
   });
 }
@@ -177,6 +181,7 @@ void divergence_grad(const Distillation& d, const Workspace<A, R>& w, int64_t he
   const bool reverse = d.direction == Direction::reverse;
   const A factor = static_cast<A>(d.kl_factor) * w.inverse_temperature;
   A mean[kLanes], on[kLanes];
+#pragma omp simd
   for (int64_t r = 0; r < kLanes; ++r) {
     mean[r] = static_cast<A>(w.mean[r]);
     on[r] = w.on[r];
@@ -200,6 +205,7 @@ void add_cross_entropy_grad(const Distillation& d, const Workspace<A, R>& w,
   const A factor = static_cast<A>(d.ce_factor);
   A scale[kLanes], on[kLanes], line[kLanes], complement[kLanes];
   true_lines(w, piece.begin, line);
+#pragma omp simd
   for (int64_t r = 0; r < kLanes; ++r) {
     on[r] = w.on[r];
     complement[r] = factor * ce.complement[r];

@@ -109,6 +109,7 @@ void add_rescaled(const A* older, const A* base, A factor, const double* sum, do
 // it.
 template <class A, int64_t R, class EachPiece>
 void softmax_sums(const Rows<R>& rows, Softmax<A>& s, bool find, const EachPiece& each_piece) {
+#pragma omp simd
   for (int64_t r = 0; r < kLanes; ++r) s.maximum[r] = -std::numeric_limits<A>::infinity();
   s.likeliest = 0;
   rows.for_pieces([&](const Piece& p) {
@@ -120,6 +121,7 @@ void softmax_sums(const Rows<R>& rows, Softmax<A>& s, bool find, const EachPiece
     if (R == 1 && find && maximum[0] > s.maximum[0]) {
       s.likeliest = p.begin + class_of_maximum(values, maximum, p.height);
     }
+#pragma omp simd
     for (int64_t r = 0; r < kLanes; ++r) {
       older[r] = s.maximum[r];
       s.maximum[r] = larger(maximum[r], older[r]);
@@ -130,6 +132,7 @@ void softmax_sums(const Rows<R>& rows, Softmax<A>& s, bool find, const EachPiece
     s.bases[p.index] = s.maximum[0];
     exponentials(rows, s, p, base, s.exps + rows.place(p), sum);
     if (p.index == 0) {
+#pragma omp simd
       for (int64_t r = 0; r < kLanes; ++r) s.total[r] = sum[r];
     } else {
       add_rescaled(older, base, s.inverse_temperature, sum, s.total);
@@ -150,9 +153,11 @@ void bring_back(const Rows<R>& rows, const Softmax<A>& s, const Piece& p, A* exp
 // Probabilities are exponentials times this.
 template <class A, int64_t R>
 void inverse_total(const Rows<R>& rows, const Softmax<A>& s, const Piece& p, A* inverse) {
+#pragma omp simd
   for (int64_t r = 0; r < kLanes; ++r) inverse[r] = A(1) / static_cast<A>(s.total[r]);
   if (rows.pieces == 1 || !rows.kept) return;
   const A base = (s.bases[p.index] - s.maximum[0]) * s.inverse_temperature;
+#pragma omp simd
   for (int64_t r = 0; r < kLanes; ++r) inverse[r] *= exp_nonpositive(base);
 }
 
