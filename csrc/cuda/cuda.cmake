@@ -22,10 +22,15 @@ if(NOT PYCDGKD_CUDA STREQUAL "OFF")
     set(with_cuda 1)
     message(STATUS "pycdgkd: CUDA library with ${CMAKE_CUDA_COMPILER} for ${cuda_archs}")
 
-    pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/module.cpp csrc/cuda/device.cu)
-    target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>)
-    target_link_libraries(_cuda PRIVATE pycdgkd_options)
-    set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17)
+    pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/module.cpp csrc/cuda/device.cu
+                        ${cuda_ops} ${cuda_kernels})
+    # The kernels are built where torch is, but link nothing of it that only a CUDA build has.
+    target_include_directories(_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+    target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr ${cuda_flags}>)
+    target_link_libraries(_cuda PRIVATE pycdgkd_options torch_stable)
+    set_target_properties(
+      _cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17
+                       INSTALL_RPATH "$ORIGIN/../torch/lib" BUILD_WITH_INSTALL_RPATH TRUE)
     install(TARGETS _cuda LIBRARY DESTINATION pycdgkd)
   elseif(PYCDGKD_CUDA STREQUAL "ON")
     message(FATAL_ERROR "PYCDGKD_CUDA=ON, but no nvcc was found; install the CUDA toolkit, set "
