@@ -75,7 +75,7 @@ void centre_modality(Arguments& args, const Modality& m, size_t index, const Ten
   centre(m, {means.at(0), m.D, 1, m.wide ? Dtype::float64 : Dtype::float32}, active, centred);
 }
 
-// Cross-entropy of the logits: its sum; its gradient for (weight / rows) goes to `grad`.
+// Cross-entropy of the logits: its sum; factor times its gradient goes to `grad`.
 double cross_entropy(const Arguments& args, const Matrix& logits, int64_t N, int64_t K,
                      const std::vector<int32_t>& classes, double factor, void* grad) {
   std::vector<double> ce(num_blocks(N)), kl(num_blocks(N));
@@ -98,7 +98,7 @@ TeacherOutputs combine(Statistics& s, double proto_weight, double scale, ScalarT
   }
   const std::vector<double> weights = weights_from(rates);
   double loss = (1.0 - proto_weight) * ce;
-  s.coefficient(0) = 1.0;
+  s.coefficient(0) = (1.0 - proto_weight) / std::max(s.ce_rows(), 1.0);
   for (int64_t m = 0; m < s.M; ++m) {
     const double weight = proto_weight * weights[static_cast<size_t>(m)];
     // A modality of weight 0 takes no part, even where its own loss is NaN for want of rows.
@@ -164,7 +164,8 @@ TeacherOutputs teacher_loss(const Tensor& logits, const Tensors& features,
   s.ce_rows() = static_cast<double>(rows);
   s.proto_rows() = static_cast<double>(count_rows(proto_classes));
   s.ce_sum() =
-      cross_entropy(args, l, N, K, classes, (1.0 - proto_weight) / at_least_one(rows), residual(0));
+      cross_entropy(args, l, N, K, classes,
+                    at_once ? (1.0 - proto_weight) / at_least_one(rows) : 1.0, residual(0));
   for (int64_t m = 0; m < M; ++m) {
     const Modality modality = modalities.at(static_cast<size_t>(m), args, scale, prototypes_at);
     centre_modality(args, modality, static_cast<size_t>(m), prototypes, classes, counts, active);

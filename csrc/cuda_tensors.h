@@ -34,6 +34,7 @@ class OnDevice {
     stream_ = current_stream(device_.index());
   }
   cuda::Stream stream() const { return stream_; }
+  const torch::stable::Device& device() const { return device_; }
 
   void check(const std::string& argument, const Tensor& tensor) const {
     if (tensor.device() == device_) return;

@@ -71,13 +71,12 @@ def global_teacher_loss(arguments: tuple[Any, ...], group: Any) -> tuple[Tensor,
         )
     modalities = len(features)
     sums, coefficients = saved[0].split([3 + 2 * modalities, 1 + modalities])
-    local_rows = sums[1].clamp(min=1)
     dist.all_reduce(sums, group=group)
     outputs, weights = _combine(sums, modalities, proto_weight)
-    # The op divided the logits' gradient by this rank's rows; both parts want the global divisor,
-    # times the world size that the mean over ranks will take away again.
+    # All parts want the global divisor, times the world size that the mean over ranks will take
+    # away again.
     world = dist.get_world_size(group)
-    coefficients[0] = world * local_rows / sums[1].clamp(min=1)
+    coefficients[0] = world * (1 - proto_weight) / sums[1].clamp(min=1)
     coefficients[1:] = world * proto_weight * 2 * scale * weights / sums[2].clamp(min=1)
     dtype = arithmetic_dtype(logits.dtype)
     results = tuple(output.to(dtype) for output in outputs)

@@ -10,7 +10,8 @@ namespace {
 // Two launches share a counter only if so many others were started between them: more than a GPU
 // holds in flight.
 constexpr unsigned kCounters = 1u << 16;
-__device__ unsigned counters[kCounters];
+constexpr unsigned kMostTaken = 1024;  // room past the end, where a run of counters may reach
+__device__ unsigned counters[kCounters + kMostTaken];
 
 #if defined(PYCDGKD_EMULATE)
 unsigned* counters_of_device() { return counters; }
@@ -33,13 +34,13 @@ unsigned* counters_of_device() {
 
 }  // namespace
 
-unsigned* take_counter(void* own, Stream stream) {
-  if (is_capturing(stream)) {
-    zero_async(own, sizeof(unsigned), stream);
+unsigned* take_counters(void* own, unsigned count, Stream stream) {
+  if (is_capturing(stream) || count > kMostTaken) {
+    zero_async(own, count * sizeof(unsigned), stream);
     return static_cast<unsigned*>(own);
   }
   static std::atomic<unsigned> next{0};
-  return counters_of_device() + next++ % kCounters;
+  return counters_of_device() + next.fetch_add(count) % kCounters;
 }
 
 }  // namespace cuda

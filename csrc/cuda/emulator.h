@@ -22,7 +22,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __restrict__
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
 
 namespace pycdgkd {
@@ -35,6 +35,9 @@ struct dim3 {
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;

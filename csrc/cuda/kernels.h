@@ -40,16 +40,20 @@ struct Values {
 // ---- Eq. 1 --------------------------------------------------------------------------------------
 
 struct ClassMeans {
-  int64_t N, D, K;
+  int64_t N, K;
   bool wide;
-  Matrix features;
   Labels labels;
   int64_t* counts;  // (K,)
-  void* means;      // (K, D)
-  void* workspace;  // class_means_bytes(N, D, K)
 };
-size_t class_means_bytes(int64_t N, int64_t D, int64_t K);
-void class_means(const ClassMeans&, Stream);
+// One of the arrays whose rows are averaged.
+struct Averaged {
+  int64_t D;
+  Matrix features;
+  void* means;  // (K, D)
+};
+// `averaged` (M,) lies on the host; so does it in class_means_bytes.
+size_t class_means_bytes(const ClassMeans&, const Averaged* averaged, int64_t M);
+void class_means(const ClassMeans&, const Averaged* averaged, int64_t M, void* workspace, Stream);
 
 struct ClassMeansBackward {
   int64_t N, D, K;
@@ -64,25 +68,17 @@ void class_means_backward(const ClassMeansBackward&, Stream);
 
 // ---- Eqs. 2-6 -----------------------------------------------------------------------------------
 
-// Writes an array as CentrePrototypes of ../kernels.h describes it.
-struct Centre {
-  int64_t D, K;
-  bool wide;
-  double scale;
-  Matrix prototypes;
-  ClassCounts counts;
-  void* centred;
-};
-void centre_prototypes(const Centre&, Stream);
+enum class Reduction : int64_t { none, mean, sum };
 
-// One modality; centred by centre_prototypes. Null outputs are not wanted.
+// One modality. Null outputs are not wanted.
 struct Modality {
   int64_t D;
   Matrix features;
-  const void* centred;
-  void* residual;   // (N, K): P - Y, the true class's entry by complement; few classes only
-  void* row_loss;   // (N,)
-  void* true_prob;  // (N,)
+  Matrix prototypes;  // (K, D)
+  void* centred;      // written as CentrePrototypes of ../kernels.h describes it
+  void* residual;     // (N, K): P - Y, the true class's entry by complement
+  void* row_loss;     // (N,)
+  void* true_prob;    // (N,)
 };
 
 // What the last block of a forward pass leaves, in double: cross-entropy sum, rows with a class,
@@ -92,31 +88,129 @@ inline constexpr int64_t statistics_size(int64_t M) { return 4 + 3 * M; }
 
 // Results of the arithmetic type; null: not wanted.
 struct Results {
-  void* loss;            // ()
-  void* cross_entropy;   // ()
-  void* losses;          // (M,)
-  void* rates;           // (M,)
-  void* weights;         // (M,)
-  double* statistics;    // (statistics_size(M),), never null
+  void* loss;           // ()
+  void* cross_entropy;  // ()
+  void* losses;         // (M,)
+  void* rates;          // (M,)
+  void* weights;        // (M,)
+  double* statistics;   // (statistics_size(M),), never null
 };
 
-enum class Reduction : int64_t { none, mean, sum };
-
+// Eqs. 2-6 in one launch. Of more than kFewClasses classes, many_classes was launched for each
+// modality before, and what it left in row_loss and true_prob is summed.
 struct Teacher {
   int64_t N, K, M;
   bool wide;
   double scale, proto_weight;
-  Matrix logits;  // null data: no cross-entropy
-  void* logits_residual;  // (N, K): its P - Y times (1 - proto_weight) / rows
+  Matrix logits;               // null data: no cross-entropy
+  void* logits_residual;       // (N, K): its P - Y
   const Modality* modalities;  // (M,) on the host
   Labels labels;
   ClassCounts counts;
-  Reduction reduction;  // of a single modality's loss without logits
+  Reduction reduction;  // without logits: of the first modality's loss
   Results results;
-  void* workspace;  // teacher_bytes(N, M)
 };
-size_t teacher_bytes(int64_t N, int64_t M);
-void teacher(const Teacher&, Stream);
+size_t teacher_bytes(const Teacher&);
+void teacher(const Teacher&, void* workspace, Stream);
+
+// Eq. 6 for M rates.
+void modality_weights(const Values& rates, int64_t M, bool wide, void* weights, Stream);
+
+// The product of what is given; where it is 0, zeros are written whatever else there is.
+struct Factor {
+  double constant;
+  Values by_row;      // null, one value for all, or one a row
+  const double* one;  // null or one value
+};
+
+struct ModalityBackward {
+  int64_t D;
+  Factor factor;
+  const void* residual;  // (N, K)
+  const void* centred;
+  void* grad;  // (N, D) of grad_dtype, contiguous, or null
+  Dtype grad_dtype;
+};
+
+// The gradients of the logits and of all features of few classes, in one launch.
+struct TeacherBackward {
+  int64_t N, K, M;
+  bool wide;
+  Factor logits_factor;
+  const void* logits_residual;
+  void* grad_logits;  // (N, K), contiguous, or null
+  Dtype logits_dtype;
+  const ModalityBackward* modalities;  // (M,) on the host
+};
+void teacher_backward(const TeacherBackward&, Stream);
+
+// grad_c_k = factor sum_i residual_ik ((z_i - mean) - (c_k - mean)), few classes.
+struct PrototypeGrad {
+  int64_t N, D, K;
+  bool wide;
+  Factor factor;
+  const void* residual;
+  Matrix features;
+  const void* centred;
+  void* grad;  // (K, D)
+};
+size_t prototype_grad_bytes(const PrototypeGrad&);
+void prototype_grad(const PrototypeGrad&, void* workspace, Stream);
+
+// ---- many classes: what lies around the products with all prototypes ----------------------------
+
+struct Centre {
+  int64_t D, K;
+  bool wide;
+  double scale;
+  Matrix prototypes;
+  ClassCounts counts;
+  void* centred;
+};
+size_t centre_bytes(int64_t D, int64_t K);
+void centre_prototypes(const Centre&, void* workspace, Stream);
+
+// Rows that take part, as a double.
+void count_rows(int64_t N, int64_t K, const Labels&, const ClassCounts&, double* rows, Stream);
+
+// rows = z - mean of the N rows from `first` on; those that take no part become zeros.
+struct CentreRows {
+  int64_t first, N, D, K;
+  bool wide;
+  Matrix features;
+  Labels labels;
+  ClassCounts counts;
+  const void* mean;
+  void* rows;  // (N, D)
+};
+void centre_rows(const CentreRows&, Stream);
+
+// Eqs. 2-4 from `products` = (z - mean) (c - mean)^T, which become factor (P - Y).
+struct SoftmaxRows {
+  int64_t first, N, K;
+  bool wide, need_grad;
+  double scale;
+  const void* bias;
+  Labels labels;
+  ClassCounts counts;
+  Factor factor;
+  const double* rows;  // null, or what the factor is divided by: max(rows, 1)
+  void* products;      // (N, K)
+  void* row_loss;      // (all rows,) or null
+  void* true_prob;     // (all rows,) or null
+};
+void softmax_rows(const SoftmaxRows&, Stream);
+
+// grad_c_k = product_k - (sum_i residual_ik) (c_k - mean), added to what is there but for the first.
+struct AddPrototypes {
+  int64_t N, D, K;
+  bool wide, first;
+  const void* residual;  // (N, K)
+  const void* rows;      // c_k - mean, padded(D) apart
+  const void* product;   // (K, D): sum_i residual_ik (z_i - mean)
+  void* grad;            // (K, D)
+};
+void add_prototypes(const AddPrototypes&, Stream);
 
 // ---- Eq. 9 --------------------------------------------------------------------------------------
 
@@ -154,10 +248,10 @@ struct ScaleRows {
 };
 void scale_rows(const ScaleRows&, Stream);
 
-// A counter of blocks, zero before and after every launch that uses it: one of a ring that no two
-// launches in flight share, or, in a graph being captured, `own` (4 bytes of the launch's own
-// workspace, zeroed first), because a graph may run beside anything later.
-unsigned* take_counter(void* own, Stream);
+// `count` counters of blocks, zero before and after every launch that uses them: from a ring of
+// which no two launches in flight share any, or, in a graph being captured, at `own` (4 bytes each
+// of the launch's own workspace, zeroed first), because a graph may run beside anything later.
+unsigned* take_counters(void* own, unsigned count, Stream);
 
 }  // namespace cuda
 }  // namespace pycdgkd

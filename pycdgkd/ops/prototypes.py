@@ -11,6 +11,7 @@ from torch import Tensor
 from .registration import (
     FEW_CLASSES,
     REDUCTIONS,
+    STATISTICS,
     backward_kernel,
     is_final,
     kernel,
@@ -18,6 +19,7 @@ from .registration import (
     register,
     register_differentiable,
     require_saved,
+    stays_on_device,
     wants_graph,
 )
 
@@ -85,6 +87,8 @@ def _prototype_loss_fake(
     if need_features or need_prototypes:
         if classes <= FEW_CLASSES:
             saved = [new(features, rows, classes)]
+            if stays_on_device(features):
+                saved.append(new(features, STATISTICS, dtype=torch.float64))
         elif not by_row:
             wanted = ((features, need_features), (prototypes, need_prototypes))
             saved = [new(x, *x.shape) if need else new(x, 0) for x, need in wanted]

@@ -11,6 +11,10 @@ from pycdgkd import _C  # noqa: F401  importing it registers the schemas and the
 
 FEW_CLASSES = 32  # csrc/cpu_modality.h: up to here an (N, K) residual is kept for the backward pass
 SMALL_FEATURES = 1 << 18  # csrc/cpu_teacher_ops.cpp: up to here gradients are made at once
+STATISTICS = 7  # csrc/cuda/kernels.h: statistics_size(1)
+# Devices whose values the host does not wait to see: there forward ops also leave what only the device
+# knows (the number of rows that take part) for their backward ops.
+UNSEEN_DEVICES = {"cuda"}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 DIRECTIONS = {"reverse": 0, "forward": 1}
 
@@ -23,6 +27,11 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 def new(like: Tensor, *shape: int | torch.SymInt, dtype: torch.dtype | None = None) -> Tensor:
     """An output's shape for tracing; of the arithmetic dtype unless told otherwise."""
     return like.new_empty(shape, dtype=dtype or arithmetic_dtype(like.dtype))
+
+
+def stays_on_device(tensor: Tensor) -> bool:
+    """Whether an op on this tensor must not look at values on the host."""
+    return tensor.device.type in UNSEEN_DEVICES
 
 
 def register(name: str, fake: Any, backward: Any = None, setup_context: Any = None) -> None:
@@ -81,7 +90,8 @@ def can_look(grad_loss: Tensor) -> bool:
     """Whether values may be looked at here: on the CPU (a device would have to be waited for), not
     while tracing (tensor subclasses), nor where a graph of the gradient is asked for.
     """
-    return type(grad_loss) is Tensor and grad_loss.is_cpu and not torch.is_grad_enabled()
+    on_host = grad_loss.is_cpu and not stays_on_device(grad_loss)
+    return type(grad_loss) is Tensor and on_host and not torch.is_grad_enabled()
 
 
 def is_final(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:

@@ -20,6 +20,7 @@ from .registration import (
     register,
     register_differentiable,
     require_saved,
+    stays_on_device,
     wants_graph,
 )
 
@@ -50,6 +51,7 @@ def _teacher_loss_fake(
     count, few = len(features), classes <= FEW_CLASSES
     dtype = arithmetic_dtype(logits.dtype)
     small = few and sum(z.numel() for z in features) <= SMALL_FEATURES
+    small = small and not stays_on_device(logits)
     saved = []
     if need_grad and not need_prototypes and small and all(z.dtype == dtype for z in features):
         saved = [new(logits, *logits.shape), *(new(z, *z.shape) for z in features)]
