@@ -134,6 +134,8 @@ inline unsigned atomicInc(unsigned* at, unsigned limit) {
   *at = before >= limit ? 0 : before + 1;
   return before;
 }
+inline float __expf(float x) { return std::exp(x); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 // ---- the host's side ----------------------------------------------------------------------------

@@ -1,0 +1,140 @@
+// Eq. 9 for rows of up to 32 classes: a row is a group of 2 to 32 lanes, one a class, and stays in
+// registers from the first load to the gradient.
+#include "distillation.cuh"
+
+namespace pycdgkd {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <int G, class T>
+__device__ __forceinline__ T group_sum(T value) {
+#pragma unroll
+  for (int bits = G / 2; bits > 0; bits >>= 1) value += __shfl_xor_sync(kAllLanes, value, bits);
+  return value;
+}
+
+template <int G, class T>
+__device__ __forceinline__ T group_max(T value) {
+#pragma unroll
+  for (int bits = G / 2; bits > 0; bits >>= 1) {
+    const T other = __shfl_xor_sync(kAllLanes, value, bits);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// The value of class k of the same row.
+template <int G, class T>
+__device__ __forceinline__ T at_class(T value, int k) {
+  return __shfl_sync(kAllLanes, value, lane_id() / G * G + k);
+}
+
+// The first class whose value is the largest.
+template <int G, class A>
+__device__ __forceinline__ int likeliest(A value, A maximum) {
+  const unsigned all = __ballot_sync(kAllLanes, value == maximum);
+  const unsigned mine = G == 32 ? all : (all >> (lane_id() / G * G)) & ((1u << (G & 31)) - 1u);
+  return mine == 0 ? 0 : __ffs(static_cast<int>(mine)) - 1;
+}
+
+// A softmax as a lane sees it.
+template <class A>
+struct Lane {
+  A value, maximum, exp, total;
+};
+
+template <int G, class A>
+__device__ __forceinline__ Lane<A> softmax_of(A value, A inverse_temperature, bool inside) {
+  const A maximum = group_max<G>(inside ? value : -infinity<A>());
+  const A e = inside ? fast_exp((value - maximum) * inverse_temperature) : A(0);
+  return {value, maximum, e, group_sum<G>(e)};
+}
+
+template <int G, class A>
+__device__ __forceinline__ void row(const DistillationArguments& d, const Factors<A>& factors,
+                                    int64_t i, int y, const A* weights, double& ce, double& kl) {
+  const int k = lane_id() % G;
+  const bool inside = k < d.K, reverse = d.direction == Direction::reverse, on = y >= 0;
+  const A temperature = static_cast<A>(d.temperature), inverse_temperature = A(1) / temperature;
+  const Lane<A> s = softmax_of<G>(on && inside ? student_element<A>(d, i, k) : A(0),
+                                  inverse_temperature, inside);
+  const A p = s.exp * (A(1) / s.total);
+  const int first = likeliest<G>(inside ? s.value : -infinity<A>(), s.maximum);
+  A slope = A(0), share = A(0);
+  bool any = false;
+  for (int j = 0; j < d.S; ++j) {
+    if (weights[j] == A(0)) continue;
+    any = true;
+    const Lane<A> t = softmax_of<G>(on && inside ? source_element<A>(d, j, i, k) : A(0),
+                                    inverse_temperature, inside);
+    const int likeliest_t = likeliest<G>(inside ? t.value : -infinity<A>(), t.maximum);
+    const A anchor = reverse ? at_class<G>(t.value, first) : at_class<G>(s.value, likeliest_t);
+    const Ratio<A> ratio = ratio_of(reverse, weights[j], s.maximum, s.total, t.maximum, t.total,
+                                    anchor, inverse_temperature);
+    if (inside) add_source(reverse, ratio, s.value, t.value, p, inverse_temperature, slope, share);
+  }
+  const A mean = group_sum<G>(!inside ? A(0) : (!reverse ? slope : (p == A(0) ? A(0) : p * slope)));
+  const A divergence = group_sum<G>(share);
+  A loss = A(0), residual = A(0);
+  if (d.labels.data != nullptr) {
+    const int truth = on ? y : 0;
+    const A e = inside ? plain_exp(s.value - s.maximum, s.exp, temperature) : A(0);
+    const A true_exp = at_class<G>(e, truth), true_logit = at_class<G>(s.value, truth);
+    const A others = group_sum<G>(k == truth ? A(0) : e);
+    residual = (k == truth ? -others : e) * (A(1) / (true_exp + others));
+    loss = cross_entropy(s.maximum, true_logit, true_exp, others);
+  }
+  if (i >= d.N) return;
+  if (d.grad != nullptr && inside) {
+    A grad = any && factors.kl != A(0) ? factors.kl * centred_slope(reverse, p, slope, mean) : A(0);
+    if (d.labels.data != nullptr) grad += factors.ce * residual;
+    static_cast<A*>(d.grad)[i * d.K + k] = on ? grad : A(0);
+  }
+  if (k != 0) return;
+  if (d.row_kl != nullptr) static_cast<A*>(d.row_kl)[i] = on ? divergence : A(0);
+  if (!on) return;
+  ce += static_cast<double>(loss);
+  kl += static_cast<double>(divergence);
+}
+
+template <class A, int G>
+__global__ void __launch_bounds__(kThreads)
+    short_rows_kernel(const __grid_constant__ DistillationArguments d) {
+  __shared__ A weights[kMostSources];
+  for (int j = static_cast<int>(threadIdx.x); j < d.S; j += kThreads) {
+    weights[j] = source_weight<A>(d, j);
+  }
+  __syncthreads();
+  const double rows = rows_of_all(d);
+  const Factors<A> factors = factors_of<A>(d, rows);
+  constexpr int kRows = kThreads / G;
+  double ce = 0.0, kl = 0.0;
+  // All lanes of a warp go through the loop together: they meet in its shuffles.
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRows;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < d.N; first += step) {
+    const int64_t i = first + threadIdx.x / G;
+    const int y = i < d.N ? class_of(d.labels, i, d.K) : -1;
+    row<G>(d, factors, i, y, weights, ce, kl);
+  }
+  combine_blocks<A>(d, rows, ce, kl);
+}
+
+template <class A>
+void start(const DistillationArguments& d, unsigned blocks, Stream stream) {
+  if (d.K <= 2) return launch<short_rows_kernel<A, 2>>(blocks, kThreads, 0, stream, d);
+  if (d.K <= 4) return launch<short_rows_kernel<A, 4>>(blocks, kThreads, 0, stream, d);
+  if (d.K <= 8) return launch<short_rows_kernel<A, 8>>(blocks, kThreads, 0, stream, d);
+  if (d.K <= 16) return launch<short_rows_kernel<A, 16>>(blocks, kThreads, 0, stream, d);
+  launch<short_rows_kernel<A, 32>>(blocks, kThreads, 0, stream, d);
+}
+
+}  // namespace
+
+void distill_short_rows(const DistillationArguments& d, bool wide, unsigned blocks, Stream stream) {
+  wide ? start<double>(d, blocks, stream) : start<float>(d, blocks, stream);
+}
+
+}  // namespace cuda
+}  // namespace pycdgkd
