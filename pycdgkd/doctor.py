@@ -91,7 +91,11 @@ def _cuda_state(torch: Any, info: dict[str, Any]) -> str:
             "library not compiled: this build of pycdgkd is for the CPU; build with "
             "PYCDGKD_CUDA=ON and nvcc to change that"
         )
-    archs = f"library compiled for {info['cuda_archs']}, without ops yet: the losses run on the CPU"
+    from pycdgkd import ops
+
+    if ops.CUDA_ERROR is not None:
+        return f"broken: the CUDA library does not load: {ops.CUDA_ERROR}; mend: {REINSTALL}"
+    archs = f"kernels compiled for {info['cuda_archs']} and loaded"
     if not torch.cuda.is_available():
         return f"{archs}; not used: torch (CUDA {torch.version.cuda}) finds no GPU or no driver"
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
@@ -100,13 +104,18 @@ def _cuda_state(torch: Any, info: dict[str, Any]) -> str:
 
 def _examine_numbers(lines: list[str]) -> bool:
     """Losses and gradients of the kernels against the equations in plain torch (float64)."""
-    healthy = True
-    for name, check in (
-        ("prototype_loss", _prototype_error),
-        ("distillation_loss", _distillation_error),
-    ):
+    import torch
+
+    from pycdgkd import ops
+
+    healthy, devices = True, ["cpu"]
+    if ops.has_kernels("cuda") and torch.cuda.is_available():
+        devices.append("cuda")
+    checks = (("prototype_loss", _prototype_error), ("distillation_loss", _distillation_error))
+    for name, check, device in ((n, c, d) for d in devices for n, c in checks):
+        name = name if device == "cpu" else f"{name} on {device}"
         try:
-            error = check()
+            error = check(device)
         except Exception as problem:
             lines.append(f"self-test {name} failed: {_reason(problem)}; mend: {REINSTALL}")
             healthy = False
@@ -121,13 +130,13 @@ def _examine_numbers(lines: list[str]) -> bool:
 def _error(pairs: list[tuple[Any, Any]]) -> float:
     """Largest difference of each pair relative to its reference's largest value; inf for NaN."""
     errors = [
-        float((got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        float((got.cpu().double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         for got, expected in pairs
     ]
     return max(error if error == error else float("inf") for error in errors)
 
 
-def _prototype_error() -> float:
+def _prototype_error(device: str) -> float:
     import torch
 
     from . import losses, reference
@@ -136,9 +145,9 @@ def _prototype_error() -> float:
     features = torch.randn(64, 48, generator=generator)
     prototypes = torch.randn(3, 48, generator=generator)
     labels = torch.randint(0, 3, (64,), generator=generator)
-    ours = [features.clone().requires_grad_(), prototypes.clone().requires_grad_()]
+    ours = [x.to(device, copy=True).requires_grad_() for x in (features, prototypes)]
     exact = [features.double().requires_grad_(), prototypes.double().requires_grad_()]
-    loss, true_prob = losses.prototype_loss(ours[0], ours[1], labels, scale=0.05)
+    loss, true_prob = losses.prototype_loss(*ours, labels.to(device), scale=0.05)
     expected, expected_prob = reference.prototype_loss(exact[0], exact[1], labels, scale=0.05)
     got = torch.autograd.grad(loss, ours)
     gradients = torch.autograd.grad(expected, exact)
@@ -146,7 +155,7 @@ def _prototype_error() -> float:
     return _error([*pairs, *zip(got, gradients, strict=True)])
 
 
-def _distillation_error() -> float:
+def _distillation_error(device: str) -> float:
     import torch
 
     from . import losses, reference
@@ -155,8 +164,8 @@ def _distillation_error() -> float:
     logits = 3 * torch.randn(64, 5, generator=generator)
     sources = 3 * torch.randn(3, 64, 5, generator=generator)
     labels = torch.randint(0, 5, (64,), generator=generator)
-    ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    result = losses.distillation_loss(ours, sources, labels)
+    ours, exact = logits.to(device, copy=True).requires_grad_(), logits.double().requires_grad_()
+    result = losses.distillation_loss(ours, sources.to(device), labels.to(device))
     expected = reference.distillation_loss(exact, sources.double(), labels)
     got = torch.autograd.grad(result.loss, ours)
     gradient = torch.autograd.grad(expected[0], exact)

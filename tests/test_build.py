@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pycdgkd import ops
 
@@ -20,7 +21,8 @@ def test_build_info() -> None:
 
 def test_devices_with_kernels() -> None:
     assert ops.has_kernels("cpu")
-    assert not ops.has_kernels("cuda")
+    assert ops.CUDA_ERROR is None
+    assert ops.has_kernels("cuda") == (INFO["cuda"] and torch.version.cuda is not None)
     assert not ops.has_kernels("meta")
 
 

@@ -26,7 +26,11 @@ if(NOT PYCDGKD_CUDA STREQUAL "OFF")
                         ${cuda_ops} ${cuda_kernels})
     # The kernels are built where torch is, but link nothing of it that only a CUDA build has.
     target_include_directories(_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-    target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr ${cuda_flags}>)
+    list(APPEND cuda_flags --expt-relaxed-constexpr)
+    if(PYCDGKD_WERROR)
+      list(APPEND cuda_flags --Werror=all-warnings --compiler-options=-Wall,-Wextra,-Werror)
+    endif()
+    target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>)
     target_link_libraries(_cuda PRIVATE pycdgkd_options torch_stable)
     set_target_properties(
       _cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17

@@ -24,17 +24,6 @@ inline void check(cudaError_t status) {
   }
 }
 
-// Errors of the launch itself are told here, those of the run at the next synchronisation.
-template <auto kernel, class... Args>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Args&... args) {
-  if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)));
-  }
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
-  check(cudaGetLastError());
-}
-
 struct DeviceLimits {
   int multiprocessors;
   size_t shared_bytes;  // of one block
@@ -58,6 +47,18 @@ inline bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+#if defined(__CUDACC__)
+// Errors of the launch itself are told here, those of the run at the next synchronisation.
+template <auto kernel, class... Args>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Args&... args) {
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)));
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  check(cudaGetLastError());
+}
+
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(16) char pycdgkd_dynamic_shared[];
   return pycdgkd_dynamic_shared;
@@ -67,6 +68,7 @@ __device__ __forceinline__ char* dynamic_shared() {
 __device__ __forceinline__ void require(bool condition) {
   if (!condition) __trap();
 }
+#endif  // the ops beside the kernels are compiled as plain C++
 
 }  // namespace cuda
 }  // namespace pycdgkd

@@ -8,6 +8,8 @@ softmax, ``unit_grad`` the gradient for grad_loss = 1.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 try:
@@ -40,6 +42,18 @@ __all__ = [
 ]
 
 build_info = _C.build_info
+CUDA_ERROR: str | None = None  # why the library with the CUDA kernels could not be loaded
+
+if torch.version.cuda is not None and build_info()["cuda"]:
+    try:
+        from pycdgkd import _cuda  # noqa: F401  registers the CUDA kernels
+    except ImportError as error:
+        CUDA_ERROR = str(error)
+        warnings.warn(
+            f"pycdgkd: the CUDA kernels could not be loaded ({error}); the losses work on CPU "
+            "tensors only. `pycdgkd doctor` tells more.",
+            stacklevel=2,
+        )
 
 
 def has_kernels(device_type: str) -> bool:
