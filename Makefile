@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 DEMO_FLAGS ?=
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
-FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 OTHER_TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
+.PHONY: install demo test lint emulate gpu-resources bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
 
 install: $(VENV)/.built
 
@@ -63,16 +63,36 @@ define environment_beside
 	  > "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/beside.pth"
 endef
 
-# Op tests against a build that traps bad memory accesses and undefined behaviour. Tracing tests are
-# left out: they exercise Python, not the kernels.
+# The op tests with the CUDA kernels in place of the CPU's, thread by thread on the CPU; then what
+# depends on shared memory once more with next to none of it.
+EMULATED := PYCDGKD_TEST_EMULATED=1 OMP_NUM_THREADS=1
+emulate: install
+	$(call environment_beside,build/emulate)
+	PATH="$(abspath $(BIN)):$$PATH" PYCDGKD_EMULATE_CUDA=ON PYCDGKD_CUDA=OFF \
+	  build/emulate/bin/python -m pip install --quiet --no-build-isolation --no-deps \
+	  -C build-dir=build/emulate/cmake .
+	$(EMULATED) build/emulate/bin/python -P -m pytest tests/ops
+	$(EMULATED) PYCDGKD_EMULATED_SHARED=9000 build/emulate/bin/python -P -m pytest \
+	  tests/ops/test_long_rows.py tests/ops/test_multi_source_kl.py \
+	  tests/ops/test_distillation_loss.py tests/ops/test_teacher_loss.py -k "not gradcheck"
+
+# Registers and shared memory of every CUDA kernel by the compiler's word; no spills, no stacks.
+gpu-resources: install
+	$(BIN)/python tests/gpu/resources.py
+
+# Op tests against a build that traps bad memory accesses and undefined behaviour, the CUDA kernels'
+# among them. Tracing tests are left out: they exercise Python, not the kernels.
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0
 sanitize: install
 	$(call environment_beside,build/sanitize)
 	PATH="$(abspath $(BIN)):$$PATH" PYCDGKD_SANITIZE=address,undefined PYCDGKD_CUDA=OFF \
-	  build/sanitize/bin/python -m pip install --quiet --no-build-isolation --no-deps \
+	  PYCDGKD_EMULATE_CUDA=ON build/sanitize/bin/python -m pip install --quiet --no-build-isolation --no-deps \
 	  -C build-dir=build/sanitize/cmake -C install.strip=false .
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 build/sanitize/bin/python -P -m pytest tests/ops \
+	$(SANITIZED) build/sanitize/bin/python -P -m pytest tests/ops \
 	  -k "not compile and not opcheck and not process_group"
+	$(SANITIZED) $(EMULATED) build/sanitize/bin/python -P -m pytest tests/ops/test_device_ops.py \
+	  tests/ops/test_distillation_loss.py tests/ops/test_teacher_loss.py -k "not gradcheck"
 
 # Built in an environment of its own, as `pip install .` does.
 wheel:

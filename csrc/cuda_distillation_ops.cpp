@@ -56,9 +56,25 @@ std::tuple<Tensor, Tensor> multi_source_kl(const Tensor& logits, const Tensors& 
   Tensor rows = device.output({N}, args.arithmetic(), by_row);
   Tensor grad = device.output({N, K}, args.arithmetic(), need_grad);
   Tensor loss = device.empty({}, args.arithmetic());
-  run(device, {N, K, s.S, args.wide(), temperature, static_cast<Direction>(direction), l,
-               s.matrices.data(), s.weights, {}, 0.0, 1.0, kind, data_or_null(rows, by_row),
-               data_or_null(grad, need_grad), loss.mutable_data_ptr(), nullptr, nullptr, nullptr});
+  run(device, {N,
+               K,
+               s.S,
+               args.wide(),
+               temperature,
+               static_cast<Direction>(direction),
+               l,
+               s.matrices.data(),
+               s.weights,
+               {},
+               0.0,
+               1.0,
+               kind,
+               data_or_null(rows, by_row),
+               data_or_null(grad, need_grad),
+               loss.mutable_data_ptr(),
+               nullptr,
+               nullptr,
+               nullptr});
   return {by_row ? rows : loss, grad};
 }
 
@@ -75,11 +91,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   Tensor grad = device.output({N, K}, args.arithmetic(), need_grad);
   Tensor loss = device.empty({}, args.arithmetic()), ce = device.empty({}, args.arithmetic());
   Tensor kl = device.empty({}, args.arithmetic());
-  run(device, {N, K, s.S, args.wide(), temperature, static_cast<Direction>(direction), l,
-               s.matrices.data(), s.weights, classes, 1.0 - kd_weight,
-               kd_weight * std::pow(temperature, temperature_power), Reduction::mean, nullptr,
-               data_or_null(grad, need_grad), loss.mutable_data_ptr(), ce.mutable_data_ptr(),
-               kl.mutable_data_ptr(), nullptr});
+  run(device,
+      {N, K, s.S, args.wide(), temperature, static_cast<Direction>(direction), l, s.matrices.data(),
+       s.weights, classes, 1.0 - kd_weight, kd_weight * std::pow(temperature, temperature_power),
+       Reduction::mean, nullptr, data_or_null(grad, need_grad), loss.mutable_data_ptr(),
+       ce.mutable_data_ptr(), kl.mutable_data_ptr(), nullptr});
   return {loss, ce, kl, grad};
 }
 
@@ -94,10 +110,10 @@ Tensor scaled_gradient(const char* op, const Tensor& grad_loss, const Tensor& un
   device.check("unit_grad", unit_grad);
   args.grad_loss(grad_loss, N);
   Tensor grad = device.empty({N, K}, logits.scalar_type());
-  cuda::scale_rows({N, K, args.wide(), device.values("grad_loss", grad_loss),
-                    unit_grad.const_data_ptr(), grad.mutable_data_ptr(),
-                    dtype_of(op, "logits", logits)},
-                   device.stream());
+  cuda::scale_rows(
+      {N, K, args.wide(), device.values("grad_loss", grad_loss), unit_grad.const_data_ptr(),
+       grad.mutable_data_ptr(), dtype_of(op, "logits", logits)},
+      device.stream());
   return grad;
 }
 

@@ -60,11 +60,11 @@ class Run {
     matrix_product(view(centred, rows, D(), D()), view(centred_at(stride_), D(), m_.K, 1, stride_),
                    x);
     const bool need_grad = grads_.features != nullptr || grads_.prototypes != nullptr;
-    cuda::softmax_rows({first, rows, m_.K, m_.wide, need_grad, m_.scale,
-                        centred_at((1 + centred_rows(m_.K)) * stride_), m_.labels, m_.counts,
-                        grads_.factor, grads_.rows, products, m_.modality.row_loss,
-                        m_.modality.true_prob},
-                       stream);
+    cuda::softmax_rows(
+        {first, rows, m_.K, m_.wide, need_grad, m_.scale,
+         centred_at((1 + centred_rows(m_.K)) * stride_), m_.labels, m_.counts, grads_.factor,
+         grads_.rows, products, m_.modality.row_loss, m_.modality.true_prob},
+        stream);
     if (grads_.features != nullptr) feature_grad(x, first, rows);
     if (grads_.prototypes != nullptr) prototype_grad(first, rows);
   }

@@ -1,7 +1,7 @@
 // One modality's prototype loss of many classes on CUDA: the products with all prototypes come from
 // torch's matrix product, a block of rows at a time, and are turned into gradients before the next
-// block; no (N, K) array is ever held. The operands are centred, so that TF32, where the user allows
-// it, costs no more than its own rounding.
+// block; no (N, K) array is ever held. The operands are centred, so that TF32, where the user
+// allows it, costs no more than its own rounding.
 #pragma once
 
 #include "cuda_tensors.h"

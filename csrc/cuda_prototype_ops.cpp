@@ -100,18 +100,17 @@ struct Problem {
 
 void centre(const Arguments& args, const OnDevice& device, const Problem& p, double scale) {
   Tensor workspace = device.workspace(cuda::centre_bytes(p.D, p.K));
-  cuda::centre_prototypes({p.D, p.K, args.wide(), scale, p.c, p.counts,
-                           p.centred.mutable_data_ptr()},
-                          workspace.mutable_data_ptr(), device.stream());
+  cuda::centre_prototypes(
+      {p.D, p.K, args.wide(), scale, p.c, p.counts, p.centred.mutable_data_ptr()},
+      workspace.mutable_data_ptr(), device.stream());
 }
 
 // The few-class forward pass, or the sums of what many_classes left, without cross-entropy.
 void run_teacher(const Arguments& args, const OnDevice& device, const Problem& p,
                  const cuda::Modality* modalities, int64_t M, double scale, Reduction reduction,
                  const cuda::Results& results) {
-  const cuda::Teacher teacher{p.N,       p.K,  M,         args.wide(), scale,
-                              1.0,       {},   nullptr,   modalities,  p.classes,
-                              p.counts, reduction, results};
+  const cuda::Teacher teacher{p.N,     p.K,        M,         args.wide(), scale,     1.0,    {},
+                              nullptr, modalities, p.classes, p.counts,    reduction, results};
   Tensor workspace = device.workspace(cuda::teacher_bytes(teacher));
   cuda::teacher(teacher, workspace.mutable_data_ptr(), device.stream());
 }
@@ -153,9 +152,9 @@ std::tuple<Tensor, Tensor, Tensors> prototype_loss(const Tensor& features, const
                   arithmetic_dtype(args.wide()),
                   at_once ? data_or_null(saved[1], need_prototypes) : nullptr});
   }
-  const cuda::Modality modality = p.modality(
-      few && need_grad ? saved[0].mutable_data_ptr() : nullptr,
-      data_or_null(row_loss, rows || !few), true_prob.mutable_data_ptr());
+  const cuda::Modality modality =
+      p.modality(few && need_grad ? saved[0].mutable_data_ptr() : nullptr,
+                 data_or_null(row_loss, rows || !few), true_prob.mutable_data_ptr());
   if (few || !rows) {
     run_teacher(args, device, p, &modality, 1, scale, kind,
                 {loss.mutable_data_ptr(), nullptr, nullptr, nullptr, nullptr,
@@ -165,10 +164,10 @@ std::tuple<Tensor, Tensor, Tensors> prototype_loss(const Tensor& features, const
 }
 
 // The unit gradients that the forward pass of a many-class loss left, times grad_loss.
-void scale_unit_gradient(const Arguments& args, const OnDevice& device, const Tensor& grad_loss,
-                         const Tensor& unit, const Tensor& grad) {
+void scale_unit_gradient(const Arguments& args, const OnDevice& device, const char* name,
+                         const Tensor& grad_loss, const Tensor& unit, const Tensor& grad) {
   const int64_t N = grad.size(0), D = grad.size(1);
-  args.saved("saved", unit, {N, D}, args.arithmetic());
+  args.saved(name, unit, {N, D}, args.arithmetic());
   const cuda::Factor factor{1.0, device.values("grad_loss", grad_loss), nullptr};
   cuda::teacher_backward({N, D, 0, args.wide(), factor, unit.const_data_ptr(),
                           grad.mutable_data_ptr(), dtype_of(args.op(), "features", grad), nullptr},
@@ -192,8 +191,10 @@ std::tuple<Tensor, Tensor> prototype_loss_backward(
   Tensor grad_features = device.output({p.N, p.D}, features.scalar_type(), need_features);
   Tensor grad_prototypes = device.output({p.K, p.D}, args.arithmetic(), need_prototypes);
   if (!few && !rows) {
-    if (need_features) scale_unit_gradient(args, device, grad_loss, saved[0], grad_features);
-    if (need_prototypes) scale_unit_gradient(args, device, grad_loss, saved[1], grad_prototypes);
+    if (need_features)
+      scale_unit_gradient(args, device, "saved[0]", grad_loss, saved[0], grad_features);
+    if (need_prototypes)
+      scale_unit_gradient(args, device, "saved[1]", grad_loss, saved[1], grad_prototypes);
     return {grad_features, grad_prototypes};
   }
   centre(args, device, p, scale);
@@ -224,8 +225,14 @@ std::tuple<Tensor, Tensor> prototype_loss_backward(
                            device.stream());
   }
   if (need_prototypes) {
-    const cuda::PrototypeGrad problem{p.N, p.D, p.K, args.wide(), factor,
-                                      saved[0].const_data_ptr(), p.z, p.centred.const_data_ptr(),
+    const cuda::PrototypeGrad problem{p.N,
+                                      p.D,
+                                      p.K,
+                                      args.wide(),
+                                      factor,
+                                      saved[0].const_data_ptr(),
+                                      p.z,
+                                      p.centred.const_data_ptr(),
                                       grad_prototypes.mutable_data_ptr()};
     Tensor workspace = device.workspace(cuda::prototype_grad_bytes(problem));
     cuda::prototype_grad(problem, workspace.mutable_data_ptr(), device.stream());

@@ -15,7 +15,8 @@ cuda::Stream current_stream(int32_t device) {
   using Current = AOTITorchError (*)(int32_t, void**);
   static const auto current = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    void* found = library != nullptr ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    void* found =
+        library != nullptr ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
     return reinterpret_cast<Current>(found);
   }();
   if (current == nullptr) {

@@ -51,8 +51,8 @@ struct Prototypes {
     for (size_t m = 0; m < modalities.D.size(); ++m) {
       means.push_back(device.empty({K, modalities.D[m]}, args.arithmetic()));
       averaged.push_back({modalities.D[m], modalities.z[m], means[m].mutable_data_ptr()});
-      matrices.push_back({means[m].const_data_ptr(), modalities.D[m], 1,
-                          arithmetic_dtype(args.wide())});
+      matrices.push_back(
+          {means[m].const_data_ptr(), modalities.D[m], 1, arithmetic_dtype(args.wide())});
     }
     const cuda::ClassMeans problem{modalities.N, K, args.wide(), labels, number};
     const auto M = static_cast<int64_t>(averaged.size());
@@ -102,19 +102,32 @@ TeacherOutputs teacher_loss(const Tensor& logits, const Tensors& features,
                      few ? nullptr : row(row_losses, m, N), few ? nullptr : row(true_probs, m, N)});
     if (few) continue;
     Tensor workspace = device.workspace(cuda::centre_bytes(modalities.D[at], K));
-    cuda::centre_prototypes({modalities.D[at], K, args.wide(), scale, c.matrices[at], c.counts,
-                             parts[at].centred},
-                            workspace.mutable_data_ptr(), device.stream());
+    cuda::centre_prototypes(
+        {modalities.D[at], K, args.wide(), scale, c.matrices[at], c.counts, parts[at].centred},
+        workspace.mutable_data_ptr(), device.stream());
     many_classes(device, {N, K, args.wide(), scale, parts[at], classes, c.counts},
                  {{0.0, {nullptr, 0, Dtype::float32}, nullptr},
-                  nullptr, nullptr, modalities.z[at].dtype, nullptr});
+                  nullptr,
+                  nullptr,
+                  modalities.z[at].dtype,
+                  nullptr});
   }
   Tensor loss = device.empty({}, type), cross_entropy = device.empty({}, type);
   Tensor losses = device.empty({M}, type), rates = device.empty({M}, type);
   Tensor weights = device.empty({M}, type);
   const cuda::Teacher problem{
-      N, K, M, args.wide(), scale, proto_weight, l, data_or_null(residuals, need_grad),
-      parts.data(), classes, c.counts, cuda::Reduction::mean,
+      N,
+      K,
+      M,
+      args.wide(),
+      scale,
+      proto_weight,
+      l,
+      data_or_null(residuals, need_grad),
+      parts.data(),
+      classes,
+      c.counts,
+      cuda::Reduction::mean,
       {loss.mutable_data_ptr(), cross_entropy.mutable_data_ptr(), losses.mutable_data_ptr(),
        rates.mutable_data_ptr(), weights.mutable_data_ptr(),
        static_cast<double*>(statistics.mutable_data_ptr())}};
@@ -169,23 +182,36 @@ TeacherGrads teacher_loss_backward(const Tensor& grad_loss, const Tensors& saved
       const char* residual = residuals + static_cast<int64_t>(1 + m) * N * K * args.bytes();
       parts.push_back({D, factor, residual, own, to, modalities.z[m].dtype});
       if (!need_prototypes) continue;
-      const cuda::PrototypeGrad problem{N, D, K, args.wide(), factor, residual, modalities.z[m],
-                                        own, grad_prototypes[m].mutable_data_ptr()};
+      const cuda::PrototypeGrad problem{N,
+                                        D,
+                                        K,
+                                        args.wide(),
+                                        factor,
+                                        residual,
+                                        modalities.z[m],
+                                        own,
+                                        grad_prototypes[m].mutable_data_ptr()};
       Tensor workspace = device.workspace(cuda::prototype_grad_bytes(problem));
       cuda::prototype_grad(problem, workspace.mutable_data_ptr(), device.stream());
       continue;
     }
-    const cuda::Modality modality{D, modalities.z[m], {}, modalities.own(saved[1], m), nullptr,
-                                  nullptr, nullptr};
+    const cuda::Modality modality{D,       modalities.z[m], {},     modalities.own(saved[1], m),
+                                  nullptr, nullptr,         nullptr};
     many_classes(device,
                  {N, K, args.wide(), scale, modality, device.labels(labels, N, K, ignore_index),
                   device.class_counts(class_counts, K)},
                  {factor, nullptr, to, modalities.z[m].dtype,
                   data_or_null(grad_prototypes[m], need_prototypes)});
   }
-  cuda::teacher_backward({N, K, static_cast<int64_t>(parts.size()), args.wide(),
-                          {1.0, grad, coefficients}, residuals, grad_logits.mutable_data_ptr(),
-                          dtype_of(args.op(), "logits", logits), parts.data()},
+  cuda::teacher_backward({N,
+                          K,
+                          static_cast<int64_t>(parts.size()),
+                          args.wide(),
+                          {1.0, grad, coefficients},
+                          residuals,
+                          grad_logits.mutable_data_ptr(),
+                          dtype_of(args.op(), "logits", logits),
+                          parts.data()},
                          device.stream());
   return {grad_logits, grad_features, grad_prototypes};
 }

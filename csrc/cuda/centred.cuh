@@ -65,8 +65,9 @@ __device__ __forceinline__ void centred_bias(const ClassCounts& counts, int64_t 
 
 // The whole array, by a whole block.
 template <class A>
-__device__ __forceinline__ void centre_by_block(const Matrix& prototypes, const ClassCounts& counts, int64_t D,
-                                int64_t K, A scale, const Centred<A>& out) {
+__device__ __forceinline__ void centre_by_block(const Matrix& prototypes, const ClassCounts& counts,
+                                                int64_t D, int64_t K, A scale,
+                                                const Centred<A>& out) {
   for (int64_t column = threadIdx.x; column < out.stride; column += blockDim.x) {
     centre_column(prototypes, counts, D, K, column, out);
   }

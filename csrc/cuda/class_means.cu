@@ -168,8 +168,12 @@ size_t bytes_of_parts(const ClassMeans& c, const Averaged* averaged, int64_t M, 
   size_t at = few ? static_cast<size_t>(plan.chunks * c.K) * 8 : 0;
   for (int64_t m = 0; m < M; ++m) {
     if (a != nullptr) {
-      a->parts[m] = {averaged[m].D, tiles_of(averaged[m].D), averaged[m].features,
-                     averaged[m].means, reinterpret_cast<double*>(workspace + at), nullptr};
+      a->parts[m] = {averaged[m].D,
+                     tiles_of(averaged[m].D),
+                     averaged[m].features,
+                     averaged[m].means,
+                     reinterpret_cast<double*>(workspace + at),
+                     nullptr};
     }
     if (few) at += static_cast<size_t>(plan.chunks * c.K * averaged[m].D) * 8;
   }
@@ -204,7 +208,8 @@ void launch_group(const ClassMeans& c, const Averaged* averaged, int64_t M, void
   }
   const int64_t groups = (c.K + kGroup - 1) / kGroup;
   const int64_t y = c.K <= kGroup ? a.chunks : (groups < 65535 ? groups : 65535);
-  const dim3 grid(static_cast<unsigned>(widest), static_cast<unsigned>(y), static_cast<unsigned>(M));
+  const dim3 grid(static_cast<unsigned>(widest), static_cast<unsigned>(y),
+                  static_cast<unsigned>(M));
   if (c.wide) {
     launch<means_kernel<double>>(grid, kColumns, 0, stream, a);
   } else {
@@ -213,7 +218,8 @@ void launch_group(const ClassMeans& c, const Averaged* averaged, int64_t M, void
 }
 
 template <class A>
-__global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ ClassMeansBackward b) {
+__global__ void __launch_bounds__(256)
+    backward_kernel(const __grid_constant__ ClassMeansBackward b) {
   const int64_t count = b.N * b.D;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < count;

@@ -13,10 +13,12 @@ struct CountArguments {
   unsigned* counted;
 };
 
-__global__ void __launch_bounds__(256) count_labels_kernel(const __grid_constant__ CountArguments c) {
+__global__ void __launch_bounds__(256)
+    count_labels_kernel(const __grid_constant__ CountArguments c) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   unsigned rows = 0;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < c.N; i += step) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < c.N;
+       i += step) {
     rows += class_of(c.labels, i, c.K) >= 0 ? 1u : 0u;
   }
   rows = block_sum(rows);
@@ -50,9 +52,8 @@ __global__ void __launch_bounds__(256) scale_rows_kernel(const __grid_constant__
   const bool by_row = s.factors.stride != 0;
   const A factor = by_row ? A(1) : value_at<A>(s.factors, 0);
   constexpr int V = kVector<A>;
-  const int64_t whole = by_row || s.grad_dtype != (sizeof(A) == 8 ? Dtype::float64 : Dtype::float32)
-                            ? 0
-                            : count / V;
+  const int64_t whole =
+      by_row || s.grad_dtype != (sizeof(A) == 8 ? Dtype::float64 : Dtype::float32) ? 0 : count / V;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x; at < whole; at += step) {
     A x[V];
     load_vector(unit + at * V, x);

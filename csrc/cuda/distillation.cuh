@@ -28,7 +28,7 @@ struct DistillationArguments {
   const unsigned* counted;  // (kCountBlocks,) rows that take part, null: each block counts
   double* partials;         // (gridDim.x, 2): cross-entropies, divergences
   unsigned* counter;
-  int64_t staged;  // classes of each row that lie in shared memory
+  int64_t staged;   // classes of each row that lie in shared memory
   int rows_staged;  // for so many rows there is room: the student and the sources that come first
   Source sources[kMostSources];
   Dtype dtypes[kMostSources];

@@ -185,7 +185,7 @@ class Row {
   }
   __device__ __forceinline__ void again(const Read& reader, const char* kept, int64_t k,
                                         A (&to)[V]) const {
-    kept != nullptr && k < d_.staged ? reader.kept(kept, k, to) : reader.load(k, to);
+    kept != nullptr&& k < d_.staged ? reader.kept(kept, k, to) : reader.load(k, to);
   }
 
   // Adds V values to a running peak.
@@ -267,8 +267,8 @@ class Row {
     peak = block_peak(peak, inverse_temperature_);
     if (peak.maximum == -infinity<A>()) peak.total = NAN;
     const int64_t at = peak.at < d_.K ? peak.at : 0;
-    const A anchor = reverse ? source_element<A>(d_, j, i_, student_.at)
-                             : student_element<A>(d_, i_, at);
+    const A anchor =
+        reverse ? source_element<A>(d_, j, i_, student_.at) : student_element<A>(d_, i_, at);
     const Ratio<A> ratio =
         ratio_of(reverse, weight, student_.maximum, static_cast<A>(student_.total), peak.maximum,
                  static_cast<A>(peak.total), anchor, inverse_temperature_);

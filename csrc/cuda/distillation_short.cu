@@ -58,8 +58,8 @@ __device__ __forceinline__ void row(const DistillationArguments& d, const Factor
   const int k = lane_id() % G;
   const bool inside = k < d.K, reverse = d.direction == Direction::reverse, on = y >= 0;
   const A temperature = static_cast<A>(d.temperature), inverse_temperature = A(1) / temperature;
-  const Lane<A> s = softmax_of<G>(on && inside ? student_element<A>(d, i, k) : A(0),
-                                  inverse_temperature, inside);
+  const Lane<A> s =
+      softmax_of<G>(on && inside ? student_element<A>(d, i, k) : A(0), inverse_temperature, inside);
   const A p = s.exp * (A(1) / s.total);
   const int first = likeliest<G>(inside ? s.value : -infinity<A>(), s.maximum);
   A slope = A(0), share = A(0);

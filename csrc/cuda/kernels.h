@@ -201,7 +201,8 @@ struct SoftmaxRows {
 };
 void softmax_rows(const SoftmaxRows&, Stream);
 
-// grad_c_k = product_k - (sum_i residual_ik) (c_k - mean), added to what is there but for the first.
+// grad_c_k = product_k - (sum_i residual_ik) (c_k - mean), added to what is there but for the
+// first.
 struct AddPrototypes {
   int64_t N, D, K;
   bool wide, first;

@@ -29,12 +29,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int64_t k = begin; k < end; ++k) {
     if (!is_active(c.counts, k)) continue;
-    sum += column == c.D
-               ? 1.0
-               : load_element<double>(
-                     c.prototypes.data,
-                     k * c.prototypes.row_stride + column * c.prototypes.col_stride,
-                     c.prototypes.dtype);
+    sum += column == c.D ? 1.0
+                         : load_element<double>(
+                               c.prototypes.data,
+                               k * c.prototypes.row_stride + column * c.prototypes.col_stride,
+                               c.prototypes.dtype);
   }
   a.sums[blockIdx.y * (c.D + 1) + column] = sum;
 }
@@ -58,7 +57,8 @@ __global__ void __launch_bounds__(kThreads)
   if (begin == 0) out.mean[column] = mean;
 #pragma unroll 4
   for (int64_t k = begin; k < end; ++k) {
-    out.rows[k * out.stride + column] = centred_element(c.prototypes, c.counts, c.D, k, column, mean);
+    out.rows[k * out.stride + column] =
+        centred_element(c.prototypes, c.counts, c.D, k, column, mean);
   }
   if (c.K == 2) {
     out.rows[2 * out.stride + column] = out.rows[column] - out.rows[out.stride + column];
@@ -69,8 +69,8 @@ template <class A>
 __global__ void __launch_bounds__(kThreads) bias_kernel(const __grid_constant__ Centre c) {
   const Centred<A> out(c.centred, c.D, c.K);
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_id();
-       k < padded(c.K); k += step) {
+  for (int64_t k = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_id(); k < padded(c.K);
+       k += step) {
     if (k < c.K) {
       centred_bias(c.counts, k, static_cast<A>(c.scale), out);
     } else if (lane_id() == 0) {
@@ -114,15 +114,16 @@ __global__ void __launch_bounds__(1024) count_kernel(const __grid_constant__ Cou
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) centre_rows_kernel(const __grid_constant__ CentreRows c) {
+__global__ void __launch_bounds__(kThreads)
+    centre_rows_kernel(const __grid_constant__ CentreRows c) {
   const int64_t step = gridDim.x;
   for (int64_t r = blockIdx.x; r < c.N; r += step) {
     const bool on = active_class_of(c.labels, c.counts, c.first + r, c.K) >= 0;
     for (int64_t d = threadIdx.x; d < c.D; d += kThreads) {
       A value = A(0);  // 0 times what an ignored row may hold is not always 0
       if (on) {
-        value = load_element<A>(c.features.data, (c.first + r) * c.features.row_stride +
-                                                     d * c.features.col_stride,
+        value = load_element<A>(c.features.data,
+                                (c.first + r) * c.features.row_stride + d * c.features.col_stride,
                                 c.features.dtype) -
                 static_cast<const A*>(c.mean)[d];
       }
@@ -250,7 +251,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t d = lane_id(); d < t.D; d += 32) {
       // A class without any residual takes nothing of its row, whatever that holds.
       const double taken = total == 0.0 ? 0.0 : total * static_cast<double>(row[d]);
-      grad[d] = (t.first ? A(0) : grad[d]) + static_cast<A>(static_cast<double>(product[d]) - taken);
+      grad[d] =
+          (t.first ? A(0) : grad[d]) + static_cast<A>(static_cast<double>(product[d]) - taken);
     }
   }
 }

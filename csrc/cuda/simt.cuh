@@ -55,7 +55,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Arg
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)));
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  kernel<<<grid, block, shared_bytes, stream> > >(args...);
   check(cudaGetLastError());
 }
 

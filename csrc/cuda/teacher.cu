@@ -95,9 +95,8 @@ __device__ __forceinline__ void element_products(const Matrix& features, const i
     A z[R][1];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      z[r][0] = load_element<A>(features.data,
-                                rows[r] * features.row_stride + d * features.col_stride,
-                                features.dtype);
+      z[r][0] = load_element<A>(
+          features.data, rows[r] * features.row_stride + d * features.col_stride, features.dtype);
     }
     add_products<1>(z, p, y, d, count, acc);
   }
@@ -178,7 +177,8 @@ __device__ __forceinline__ int active_class_of(const Arguments& a, int64_t i) {
 // -scale |z - c_k|^2 but for a term that all classes share. C = 1: of two classes only the
 // difference matters, so that one product serves.
 template <int C, class A>
-__device__ __forceinline__ A lane_logit(const A (&acc)[C], const Centred<A>& p, A twice, int64_t K) {
+__device__ __forceinline__ A lane_logit(const A (&acc)[C], const Centred<A>& p, A twice,
+                                        int64_t K) {
   const int lane = lane_id();
   if constexpr (C == 1) {
     const A first = p.bias[0], second = p.bias[1];
@@ -254,8 +254,8 @@ __device__ __forceinline__ Sums cross_entropy_rows(const Arguments& a) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(); i < a.N; i += step) {
     const int y = class_of(a.labels, i, a.K);
     const int64_t row = i * a.logits.row_stride;
-    A* residual = a.logits_residual == nullptr ? nullptr
-                                               : static_cast<A*>(a.logits_residual) + i * a.K;
+    A* residual =
+        a.logits_residual == nullptr ? nullptr : static_cast<A*>(a.logits_residual) + i * a.K;
     const auto logit = [&](int64_t k) {
       return load_element<A>(a.logits.data, row + k * a.logits.col_stride, a.logits.dtype);
     };
@@ -480,10 +480,22 @@ void teacher(const Teacher& t, void* workspace, Stream stream) {
   bool few_rows;
   const unsigned blocks = blocks_of(t, few_rows);
   const size_t shared = shared_bytes_of(t);
-  Arguments a{t.N,      t.K,         t.M,     t.scale, t.proto_weight, t.logits, t.logits_residual,
-              t.labels, t.counts, t.reduction, t.results,
+  Arguments a{t.N,
+              t.K,
+              t.M,
+              t.scale,
+              t.proto_weight,
+              t.logits,
+              t.logits_residual,
+              t.labels,
+              t.counts,
+              t.reduction,
+              t.results,
               reinterpret_cast<double*>(static_cast<char*>(workspace) + 16),
-              nullptr,  0,           shared > 0, {}};
+              nullptr,
+              0,
+              shared > 0,
+              {}};
   const bool with_logits = t.logits.data != nullptr;
   int64_t next = 0;
   do {
@@ -494,9 +506,9 @@ void teacher(const Teacher& t, void* workspace, Stream stream) {
       const Modality& modality = t.modalities[next + m];
       a.parts[m] = {modality, has_vector_rows(modality.features)};
       if (t.K <= kFewClasses && shared == 0) {
-        centre_prototypes({modality.D, t.K, t.wide, t.scale, modality.prototypes, t.counts,
-                           modality.centred},
-                          static_cast<char*>(workspace) + partial_bytes(t, blocks), stream);
+        centre_prototypes(
+            {modality.D, t.K, t.wide, t.scale, modality.prototypes, t.counts, modality.centred},
+            static_cast<char*>(workspace) + partial_bytes(t, blocks), stream);
       }
     }
     next += count;

@@ -32,14 +32,14 @@ __device__ __forceinline__ A row_factor(const Factor& f, int64_t i) {
 
 __device__ __forceinline__ double common_factor(const Factor& f) {
   const bool one = f.by_row.data != nullptr && f.by_row.stride == 0;
-  return f.constant * (one ? value_at<double>(f.by_row, 0) : 1.0) * (f.one != nullptr ? *f.one : 1.0);
+  return f.constant * (one ? value_at<double>(f.by_row, 0) : 1.0) *
+         (f.one != nullptr ? *f.one : 1.0);
 }
 
 // factor_i residual_ik of `rows` rows from `first` on, the first C classes; zeros for a factor 0.
 template <class A, int C>
 __device__ __forceinline__ void load_residuals(const Factor& f, A common, const void* residual,
-                                               int64_t K, int64_t first, int rows,
-                                               A (*tile)[C]) {
+                                               int64_t K, int64_t first, int rows, A (*tile)[C]) {
   const int classes = K < C ? static_cast<int>(K) : C;
   __syncthreads();  // the tile before has been used
   for (int at = static_cast<int>(threadIdx.x); at < kTile * C; at += kThreads) {
@@ -147,7 +147,8 @@ __device__ __forceinline__ void logits_grad(const Arguments& a) {
 }
 
 template <class A, int C, int V>
-__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(const __grid_constant__ Arguments a) {
   const int y = static_cast<int>(blockIdx.y);
   if (a.logits != 0 && y == 0) return logits_grad<A>(a);
   modality_grad<A, C, V>(a, a.parts[y - a.logits]);
@@ -271,8 +272,9 @@ void teacher_backward(const TeacherBackward& t, Stream stream) {
   bool logits = t.grad_logits != nullptr;
   int64_t next = 0;
   do {
-    Arguments a{t.N, t.K, logits ? 1 : 0, t.logits_factor, t.logits_residual, t.grad_logits,
-                t.logits_dtype, {}};
+    Arguments a{
+        t.N, t.K, logits ? 1 : 0, t.logits_factor, t.logits_residual, t.grad_logits, t.logits_dtype,
+        {}};
     int modalities = 0;
     while (next < t.M && modalities < kMostModalities) {
       const ModalityBackward& m = t.modalities[next++];

@@ -18,6 +18,32 @@ if EMULATED:
 
     UNSEEN_DEVICES.add("cpu")
 
+# Tests of what only the host's ops have: part of the test's id, and why it says nothing of others.
+HOST_ONLY = {
+    "labels[": "the message needs the host to read labels; test_device_ops.py has the device's",
+    "unused_labels": "the message needs the host to read labels",
+    "leave_the_bank_as_it_was": "the message needs the host to read labels",
+    "test_kernels.py": "the CPU kernels on NumPy arrays",
+    "test_temporal_conv.py": "an op of the CPU alone",
+    "same_bits_for_every_thread_count": "threads of the CPU",
+    "instruction_sets": "instruction sets of the CPU",
+    "test_copied_only_where": "the host hands out saved gradients, having looked at grad_loss",
+    "test_no_gradient_is_made": "other ops leave statistics beside it",
+    "test_the_arguments_below_are_right": "the list is of what the CPU ops leave",
+    "test_prototype_loss_backward[": "the list is of what the CPU ops leave",
+    "test_teacher_loss_backward[changed9": "the list is of what the CPU ops leave",
+    "test_teacher_loss_backward[changed10": "the list is of what the CPU ops leave",
+    "test_teacher_loss_backward_of_many_classes": "the message needs the host to read labels",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for part, reason in HOST_ONLY.items():
+            if EMULATED and part in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 # pytest's importlib mode puts no test folder on the path; `cases` and the workers live here.
 sys.path.insert(0, str(Path(__file__).parent))
 
