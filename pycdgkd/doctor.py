@@ -145,11 +145,11 @@ def _prototype_error(device: str) -> float:
     features = torch.randn(64, 48, generator=generator)
     prototypes = torch.randn(3, 48, generator=generator)
     labels = torch.randint(0, 3, (64,), generator=generator)
-    ours = [x.to(device, copy=True).requires_grad_() for x in (features, prototypes)]
+    z, c = (x.to(device, copy=True).requires_grad_() for x in (features, prototypes))
     exact = [features.double().requires_grad_(), prototypes.double().requires_grad_()]
-    loss, true_prob = losses.prototype_loss(*ours, labels.to(device), scale=0.05)
+    loss, true_prob = losses.prototype_loss(z, c, labels.to(device), scale=0.05)
     expected, expected_prob = reference.prototype_loss(exact[0], exact[1], labels, scale=0.05)
-    got = torch.autograd.grad(loss, ours)
+    got = torch.autograd.grad(loss, [z, c])
     gradients = torch.autograd.grad(expected, exact)
     pairs = [(loss.detach(), expected.detach()), (true_prob, expected_prob)]
     return _error([*pairs, *zip(got, gradients, strict=True)])

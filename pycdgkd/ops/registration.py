@@ -12,8 +12,8 @@ from pycdgkd import _C  # noqa: F401  importing it registers the schemas and the
 FEW_CLASSES = 32  # csrc/cpu_modality.h: up to here an (N, K) residual is kept for the backward pass
 SMALL_FEATURES = 1 << 18  # csrc/cpu_teacher_ops.cpp: up to here gradients are made at once
 STATISTICS = 7  # csrc/cuda/kernels.h: statistics_size(1)
-# Devices whose values the host does not wait to see: there forward ops also leave what only the device
-# knows (the number of rows that take part) for their backward ops.
+# Devices whose values the host does not wait to see: there forward ops also leave what only the
+# device knows (the number of rows that take part) for their backward ops.
 UNSEEN_DEVICES = {"cuda"}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 DIRECTIONS = {"reverse": 0, "forward": 1}

@@ -20,10 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-FLAGS = (
-    "-std=c++17 -O3 --expt-relaxed-constexpr --Werror=all-warnings "
-    "--compiler-options=-Wall,-Wextra,-Werror --ptxas-options=-v"
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "--Werror=all-warnings",
+    "--compiler-options=-Wall,-Wextra,-Werror",
+    "--ptxas-options=-v",
+]
 
 _KERNEL = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

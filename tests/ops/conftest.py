@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import pycdgkd.ops  # noqa: F401  tests call torch.ops.pycdgkd, which this registers
+import pycdgkd.ops
 
 # The CUDA kernels, run on the CPU in place of the CPU's own (csrc/cuda/emulator.h).
 EMULATED = os.environ.get("PYCDGKD_TEST_EMULATED") == "1"
 if EMULATED:
     import pycdgkd._cuda_emulated  # noqa: F401  replaces the CPU ops of this process
+
     from pycdgkd.ops.registration import UNSEEN_DEVICES
 
     UNSEEN_DEVICES.add("cpu")
+
+# Where the op tests make their tensors; "cuda" is for tests/gpu/check.py.
+DEVICE = os.environ.get("PYCDGKD_TEST_DEVICE", "cpu")
 
 # Tests of what only the host's ops have: part of the test's id, and why it says nothing of others.
 HOST_ONLY = {
@@ -40,7 +44,7 @@ HOST_ONLY = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for part, reason in HOST_ONLY.items():
-            if EMULATED and part in item.nodeid:
+            if (EMULATED or DEVICE != "cpu") and part in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
@@ -54,5 +58,8 @@ def _same_start() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
     yield
+    torch.set_default_device(None)
     torch.set_num_threads(before)

@@ -27,13 +27,14 @@ def batch(N: int = 6, K: int = 3, D: int = 5) -> tuple[torch.Tensor, ...]:
     return cases.make_features(prototypes, labels), prototypes, labels, cases.make_logits(N, K)
 
 
+# z features, c prototypes, y labels, s logits
 CALLS: dict[str, Callable[..., Any]] = {
-    "class_prototypes": lambda z, c, y, s: pycdgkd.class_prototypes(z, y, 3),
-    "prototype_loss": lambda z, c, y, s: pycdgkd.prototype_loss(z, c, y),
-    "convergence_rates": lambda z, c, y, s: pycdgkd.convergence_rates([z], [c], y),
+    "class_prototypes": lambda z, _c, y, _s: pycdgkd.class_prototypes(z, y, 3),
+    "prototype_loss": lambda z, c, y, _: pycdgkd.prototype_loss(z, c, y),
+    "convergence_rates": lambda z, c, y, _: pycdgkd.convergence_rates([z], [c], y),
     "teacher_loss": lambda z, c, y, s: pycdgkd.teacher_loss(s, [z], y, [c]),
-    "teacher_loss of batch means": lambda z, c, y, s: pycdgkd.teacher_loss(s, [z], y),
-    "distillation_loss": lambda z, c, y, s: pycdgkd.distillation_loss(s, [s], y),
+    "teacher_loss of batch means": lambda z, _, y, s: pycdgkd.teacher_loss(s, [z], y),
+    "distillation_loss": lambda _z, _c, y, s: pycdgkd.distillation_loss(s, [s], y),
 }
 
 
