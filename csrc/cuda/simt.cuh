@@ -55,8 +55,12 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Arg
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)));
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(args...);
-  check(cudaGetLastError());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 __device__ __forceinline__ char* dynamic_shared() {
