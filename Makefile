@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 OTHER_TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint emulate gpu-resources bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
+.PHONY: install demo test lint emulate gpu-resources gpu-check bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
 
 install: $(VENV)/.built
 
@@ -79,6 +79,10 @@ emulate: install
 # Registers and shared memory of every CUDA kernel by the compiler's word; no spills, no stacks.
 gpu-resources: install
 	$(BIN)/python tests/gpu/resources.py
+
+# On a machine with a GPU and without a network: builds with what PYTHON has, checks and measures all.
+gpu-check:
+	$(PYTHON) tests/gpu/check.py
 
 # Op tests against a build that traps bad memory accesses and undefined behaviour, the CUDA kernels'
 # among them. Tracing tests are left out: they exercise Python, not the kernels.

@@ -72,20 +72,20 @@ def _laid_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
-def make_inputs(case: Case) -> Inputs:
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Seeded inputs with a class structure weak enough to leave a loss."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     def stored(values: Tensor) -> Tensor:
         return _laid_out(values.to(dtype), case.layout)
 
     N, D, K = case.rows, case.width, case.classes
-    labels = torch.randint(K, (N,), generator=generator)
-    labels[: min(N, K)] = torch.arange(min(N, K))  # few classes without a row
+    labels = torch.randint(K, (N,), generator=generator, device=device)
+    labels[: min(N, K)] = torch.arange(min(N, K), device=device)  # few classes without a row
     features, prototypes, sources = [], [], []
     # Batch means contain each row itself: with wide noise every row would look certain.
     noise = min(0.3, (N / K / (2 * D)) ** 0.5) if case.op == "teacher_loss" else 0.3
@@ -98,7 +98,7 @@ def make_inputs(case: Case) -> Inputs:
     for _ in range(case.sources):
         sources.append(stored(logits + normal(N, K)))
     differentiable = case.op != "convergence_rates"
-    grad_output = normal(K, D) if case.op == "class_prototypes" else torch.ones(())
+    grad_output = normal(K, D) if case.op == "class_prototypes" else torch.ones((), device=device)
     weights = [0.0 if j < case.inactive else 1.0 / case.active for j in range(case.sources)]
     return Inputs(
         case,

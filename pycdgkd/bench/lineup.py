@@ -185,8 +185,8 @@ def peers_of(i: Inputs) -> list[Contestant]:
     return found
 
 
-def compiled_peers(i: Inputs) -> list[Contestant]:
-    """The case's peers under torch.compile; the first call compiles."""
+def compiled_peers(i: Inputs, mode: str = "default") -> list[Contestant]:
+    """The case's peers under torch.compile of that mode; the first call compiles."""
     if not i.case.compiled:
         return []
     torch._dynamo.reset()
@@ -194,7 +194,7 @@ def compiled_peers(i: Inputs) -> list[Contestant]:
     found = []
     for name in i.case.compiled:
         function, arguments = forms[name]
-        form = (torch.compile(function, fullgraph=True, dynamic=False), arguments)
+        form = (torch.compile(function, fullgraph=True, dynamic=False, mode=mode), arguments)
         found.append(differentiable(f"{name} compile", _call(form), i))
     return found
 

@@ -1,0 +1,306 @@
+"""The losses on a GPU beside their peers: eager wall, CUDA-graph replay and kernel time apart.
+
+    python benchmarks/gpu.py [--seconds 2] [--out benchmarks/results]
+
+All contestants of a case take turns in random order; one sample is a step (forward and gradients)
+between two CUDA events. Cases bound by bandwidth find the L2 cache overwritten. The floor is the
+least bytes of the case over the bandwidth of a large copy, measured here. Writes <gpu name>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pycdgkd.bench import layers, lineup
+from pycdgkd.bench.cases import Case
+from pycdgkd.bench.contestants import Contestant
+from pycdgkd.bench.inputs import (
+    KD_WEIGHT,
+    TEMPERATURE,
+    Inputs,
+    exact_result,
+    largest_error,
+    make_inputs,
+)
+from pycdgkd.bench.records import OURS
+
+Step = Callable[[], Any]
+DEVICE = "cuda"
+MIB = 2**20
+COPY_BYTES = 512 * MIB
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
+
+
+class Goal(NamedTuple):
+    """Measure: ratio of a peer's eager (or graph) time to ours, share of the bandwidth, or us."""
+
+    measure: str  # "eager", "graph", "bandwidth" or "graph us"
+    peer: str
+    target: float
+
+
+def _case(op: str, goals: list[Goal], **sizes: Any) -> tuple[Case, list[Goal]]:
+    return Case(op, **sizes), goals
+
+
+def _wide(dtype: str) -> tuple[Case, list[Goal]]:
+    goals = [Goal("bandwidth", "", 0.85), Goal("eager", "addmm", 2.0), Goal("eager", "lce", 1.5)]
+    return _case("prototype_loss", goals, rows=65536, classes=2, width=1024, dtype=dtype,
+                 skipped=("literal",))  # fmt: skip
+
+
+def _vocabulary(classes: int, dtype: str) -> tuple[Case, list[Goal]]:
+    goals = [Goal("bandwidth", "", 0.8), Goal("eager", "D1", 10.0)]
+    return _case("distillation_loss", goals, rows=8192, classes=classes, sources=3, dtype=dtype,
+                 skipped=("D3", "D4"))  # fmt: skip
+
+
+SMALL = [Goal("eager", "T4", 8.0), Goal("eager", "T1", 12.0), Goal("graph us", "", 12.0),
+         Goal("eager", "T4 default", 4.0), Goal("graph", "T4", 1.5)]  # fmt: skip
+CASES: list[tuple[Case, list[Goal]]] = [
+    _case("teacher_loss", SMALL, rows=128, classes=2, width=512, modalities=2, compiled=("T4",)),
+    _case("teacher_loss", SMALL[:3], rows=128, classes=2, width=768, modalities=2),
+    _wide("float32"),
+    _wide("bfloat16"),
+    _case("teacher_loss", [Goal("bandwidth", "", 0.8), Goal("eager", "T4", 1.5)],
+          rows=65536, classes=2, width=1024, modalities=2, skipped=("T1", "T2")),
+    _case("prototype_loss", [Goal("eager", "lce", 0.95)], rows=16384, classes=1000, width=512,
+          skipped=("literal", "cdist")),
+    _case("prototype_loss", [Goal("eager", "lce", 0.95)], rows=16384, classes=32768, width=512,
+          skipped=("literal", "cdist", "addmm")),
+    _case("distillation_loss", [Goal("eager", "D1", 10.0), Goal("eager", "D3", 6.0),
+          Goal("eager", "D1 default", 3.0)], rows=128, classes=2, sources=3, compiled=("D1",)),
+    _case("distillation_loss", [Goal("eager", "D1", 10.0), Goal("eager", "D1 default", 2.0)],
+          rows=4096, classes=1000, sources=3, compiled=("D1",)),
+    _case("distillation_loss", [Goal("eager", "D1", 10.0), Goal("eager", "D1 default", 2.0)],
+          rows=65536, classes=7, sources=3, compiled=("D1",)),
+    *(_vocabulary(K, dtype) for K in (32000, 128256) for dtype in ("bfloat16", "float32")),
+    _case("distillation_loss", [], rows=8192, classes=32000, sources=4, dtype="bfloat16",
+          skipped=("D1", "D3", "D4")),
+    _case("distillation_loss", [Goal("case", "distillation_loss/N8192-K32000-S4-bfloat16", 1.1)],
+          rows=8192, classes=32000, sources=8, inactive=4, dtype="bfloat16",
+          skipped=("D1", "D3", "D4")),
+]  # fmt: skip
+
+
+def step_of(one: Contestant) -> Step:
+    """Forward and gradients."""
+
+    def step() -> Any:
+        state = one.forward()
+        return state, None if one.backward is None else one.backward(state)
+
+    return step
+
+
+def contestants(inputs: Inputs) -> dict[str, Step]:
+    """Ours, eager peers, and compiled ones by mode."""
+    found = {OURS: step_of(layers.public(inputs))}
+    found |= {peer.name: step_of(peer) for peer in lineup.peers_of(inputs)}
+    for mode in COMPILE_MODES if inputs.case.compiled else ():
+        for peer in lineup.compiled_peers(inputs, mode=mode):
+            found[peer.name.replace("compile", mode)] = step_of(peer)
+    return found | liger(inputs)
+
+
+def liger(inputs: Inputs) -> dict[str, Step]:
+    """Liger-Kernel's KL looped over the sources, where it is installed; it takes log-probs."""
+    if inputs.case.op != "distillation_loss":
+        return {}
+    try:
+        from liger_kernel.transformers import LigerKLDIVLoss
+    except ImportError:
+        return {}
+    loss, temperature = LigerKLDIVLoss(log_target=True), TEMPERATURE
+
+    def step() -> Any:
+        log_p = (inputs.logits / temperature).log_softmax(1)
+        total = (1 - KD_WEIGHT) * torch.nn.functional.cross_entropy(inputs.logits, inputs.labels)
+        for weight, source in zip(inputs.weights, inputs.sources, strict=True):
+            if weight:
+                log_q = (source / temperature).log_softmax(1)
+                total = total + KD_WEIGHT * weight * loss(log_q, log_p)
+        return total, torch.autograd.grad(total, [inputs.logits])
+
+    return {"Liger": step}
+
+
+def events(step: Step, flush: Tensor | None) -> float:
+    """Seconds of one step on the device's clock."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if flush is not None:
+        flush.zero_()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleaved(steps: dict[str, Step], seconds: float, flush: Tensor | None) -> dict[str, Any]:
+    """Median, p10 and p90 of each, and the median ratio to ours within a round."""
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order, until = list(steps), time.monotonic() + seconds
+    while time.monotonic() < until or len(samples[OURS]) < 10:
+        random.shuffle(order)
+        for name in order:
+            samples[name].append(events(steps[name], flush))
+    report = {}
+    for name, values in samples.items():
+        cuts = statistics.quantiles(values, n=10)
+        ratios = [v / o for v, o in zip(values, samples[OURS], strict=True)]
+        report[name] = {"seconds": statistics.median(values), "p10": cuts[0], "p90": cuts[-1],
+                        "ratio": statistics.median(ratios), "rounds": len(values)}  # fmt: skip
+    return report
+
+
+def replayed(step: Step) -> Step | None:
+    """The step's replay as a CUDA graph; None where it cannot be captured (it waits)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def kernels(step: Step) -> dict[str, float]:
+    """Launches of a step and the time of its kernels, from the profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(10):
+            step()
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    found = [event for event in profile.events() if event.device_type == device]
+    total = sum(event.time_range.elapsed_us() for event in found)
+    return {"launches": len(found) / 10, "seconds": total / 1e7}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large device-to-device copy."""
+    source = torch.randn(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    times = [events(lambda: target.copy_(source), None) for _ in range(20)]
+    return 2 * COPY_BYTES / statistics.median(times[5:])
+
+
+def measure(case: Case, bandwidth: float, seconds: float, flush: Tensor) -> dict[str, Any]:
+    """One case: is ours right, then everything timed."""
+    inputs = make_inputs(case, DEVICE)
+    ours = layers.public(inputs)
+    error = None
+    if case.elements * max(1, case.sources) <= 2**26:
+        error = largest_error(ours.result(), exact_result(inputs, case.op))
+        if error > TOLERANCE[case.dtype]:
+            raise AssertionError(f"{case.name}: ours is wrong by {error:.1e}")
+    steps = contestants(inputs)
+    cold = flush if case.input_bytes > 8 * MIB else None
+    eager = interleaved(steps, seconds, cold)
+    graphs = {name: graph for name, step in steps.items() if (graph := replayed(step)) is not None}
+    graph = interleaved(graphs, seconds / 2, cold) if OURS in graphs else {}
+    return {"case": case.name, "error": error, "floor": case.bytes / bandwidth,
+              "eager": eager, "graph": graph, "kernels": kernels(steps[OURS])}  # fmt: skip
+
+
+def judged(result: dict[str, Any], goals: list[Goal], others: dict[str, Any]) -> list[str]:
+    """A line a goal: met, missed and by how much, or not measured."""
+    lines = []
+    for goal in goals:
+        value = figure(result, goal, others)
+        words = f"{goal.measure} {goal.peer}".strip()
+        if value is None:
+            lines.append(f"  {words}: not measured")
+            continue
+        at_most = goal.measure in ("graph us", "case")
+        met = value <= goal.target if at_most else value >= goal.target
+        sign = "<=" if at_most else ">="
+        verdict = "met" if met else "MISSED"
+        lines.append(f"  {words}: {value:.2f}, goal {sign} {goal.target:g}: {verdict}")
+    return lines
+
+
+def figure(result: dict[str, Any], goal: Goal, others: dict[str, Any]) -> float | None:
+    """What a goal is held against."""
+    own = result["graph"].get(OURS) or result["eager"][OURS]
+    if goal.measure == "bandwidth":
+        return float(result["floor"] / own["seconds"])
+    if goal.measure == "graph us":
+        return None if not result["graph"] else float(own["seconds"] * 1e6)
+    if goal.measure == "case":
+        other = others.get(goal.peer)
+        own_seconds = result["eager"][OURS]["seconds"]
+        return None if other is None else float(own_seconds / other["eager"][OURS]["seconds"])
+    entry = result[goal.measure].get(goal.peer)
+    return None if entry is None else float(entry["ratio"])
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part."""
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for package in ("pycdgkd", "liger-kernel", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def main() -> int:
+    """Measure every case, print the goals, write the file; 1 if a case could not be measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of a case's eager rounds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} sees no GPU: nothing was measured")
+        return 1
+    torch.set_default_device(DEVICE)
+    flush, bandwidth = torch.empty(256 * MIB, dtype=torch.uint8), copy_bandwidth()
+    print(f"{versions()}, copy {bandwidth / 1e12:.2f} TB/s")
+    results: dict[str, Any] = {}
+    failed = []
+    for case, goals in CASES:
+        try:
+            results[case.name] = measure(case, bandwidth, options.seconds, flush)
+        except Exception as error:  # one case must not hide the others
+            failed.append(f"{case.name}: {type(error).__name__}: {error}")
+            print(failed[-1])
+            continue
+        result = results[case.name]
+        own, launched = result["eager"][OURS]["seconds"], result["kernels"]
+        print(f"{case.name}: {own * 1e6:.1f} us eager, floor {result['floor'] * 1e6:.1f} us,")
+        print(f"  {launched['launches']:g} launches of {launched['seconds'] * 1e6:.1f} us")
+        print("\n".join(judged(result, goals, results)))
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    record = {"versions": versions(), "copy": bandwidth, "cases": results, "failed": failed}
+    (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

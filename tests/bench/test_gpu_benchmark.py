@@ -1,0 +1,91 @@
+"""The GPU benchmark's plan, contestants and verdicts, tried on the CPU in small sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with the CPU in the device's place."""
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def timed(step: Any, _: Any) -> float:
+        began = time.perf_counter()
+        step()
+        return time.perf_counter() - began
+
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "events", timed)
+    monkeypatch.setattr(module, "replayed", lambda step: step)
+    monkeypatch.setattr(module, "kernels", lambda _: {"launches": 2.0, "seconds": 1e-6})
+    return module
+
+
+def test_every_case_is_measured_and_judged(gpu: ModuleType) -> None:
+    results: dict[str, Any] = {}
+    for case, goals in gpu.CASES:
+        small = case.shrunk()
+        results[case.name] = gpu.measure(small, 1e12, 0.01, torch.empty(1))
+        measured = results[case.name]
+        assert {gpu.OURS} < set(measured["eager"]) or case.skipped
+        lines = gpu.judged(measured, goals, results)
+        assert len(lines) == len(goals)
+        compiled = [line for line in lines if "default" in line]
+        assert all("not measured" in line for line in compiled)  # shrunk cases compile nothing
+        assert all("not measured" not in line for line in lines if "lce" not in line
+                   and line not in compiled)  # fmt: skip
+
+
+def test_compiled_peers_take_part(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "COMPILE_MODES", ("default",))
+    case = next(case for case, _ in gpu.CASES if case.compiled)
+    steps = gpu.contestants(gpu.make_inputs(case))
+    assert "T4 default" in steps
+
+
+def test_verdicts(gpu: ModuleType) -> None:
+    def entry(seconds: float, ratio: float = 1.0) -> dict[str, float]:
+        return {"seconds": seconds, "ratio": ratio}
+
+    result = {
+        "floor": 9e-6,
+        "eager": {gpu.OURS: entry(2e-5), "T4": entry(1e-4, 5.0)},
+        "graph": {gpu.OURS: entry(1e-5)},
+    }
+    goals = [gpu.Goal("eager", "T4", 8.0), gpu.Goal("bandwidth", "", 0.8),
+             gpu.Goal("graph us", "", 12.0), gpu.Goal("graph", "T4", 1.5)]  # fmt: skip
+    lines = gpu.judged(result, goals, {})
+    assert "5.00, goal >= 8: MISSED" in lines[0]
+    assert "0.90, goal >= 0.8: met" in lines[1]
+    assert "10.00, goal <= 12: met" in lines[2]
+    assert "not measured" in lines[3]
+
+
+def test_a_wrong_result_is_not_timed(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "largest_error", lambda *_: 1.0)
+    case = gpu.CASES[0][0].shrunk()
+    with pytest.raises(AssertionError, match="ours is wrong"):
+        gpu.measure(case, 1e12, 0.01, torch.empty(1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_claimed(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    assert gpu.main() == 1
+    assert "nothing was measured" in capsys.readouterr().out
