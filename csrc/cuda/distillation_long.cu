@@ -56,10 +56,10 @@ __device__ __forceinline__ Peak<A> block_peak(Peak<A> mine, A inverse_temperatur
           block_sum(mine.slope)};
 }
 
-template <class A, class T, bool reverse>
+template <class A, class T, bool aligned, bool reverse>
 class Row {
-  using Read = Reader<A, T>;
-  static constexpr int V = Read::V;
+  using Read = Reader<A, T, aligned>;
+  static constexpr int V = Read::V, W = Read::W;
 
  public:
   __device__ __forceinline__ Row(const DistillationArguments& d, const A* weights, Ratio<A>* ratios,
@@ -92,23 +92,30 @@ class Row {
     if (!reverse && any_) {
       // The sum of the slopes is known only after all log-ratios are.
       double sum = 0.0;
-      classes([&](int64_t, A, A, A slope, A) { sum += static_cast<double>(slope); });
+      classes([&](int64_t, const A(&)[W], const A(&)[W], const A(&slope)[W], const A(&)[W]) {
+#pragma unroll
+        for (int w = 0; w < W; ++w) sum += static_cast<double>(slope[w]);
+      });
       mean = block_sum(sum);
     }
     const A centre = static_cast<A>(mean);
     double shares = 0.0;
     A* grad = d_.grad == nullptr ? nullptr : static_cast<A*>(d_.grad) + i_ * d_.K;
     const bool with_kl = any_ && factors.kl != A(0);
-    classes([&](int64_t k, A s, A p, A slope, A share) {
-      shares += static_cast<double>(share);
-      if (grad == nullptr) return;
-      A value = with_kl ? factors.kl * centred_slope(reverse, p, slope, centre) : A(0);
-      if (d_.labels.data != nullptr) {
-        const A less = s - student_.maximum;
-        const A e = plain_exp(less, fast_exp(less * inverse_temperature_), temperature_);
-        value += factors.ce * (k == y_ ? true_residual_ : e * residual_factor_);
+    classes([&](int64_t k, const A(&s)[W], const A(&p)[W], const A(&slope)[W], const A(&share)[W]) {
+      A values[W];
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        shares += static_cast<double>(share[w]);
+        A value = with_kl ? factors.kl * centred_slope(reverse, p[w], slope[w], centre) : A(0);
+        if (d_.labels.data != nullptr) {
+          const A less = s[w] - student_.maximum;
+          const A e = plain_exp(less, fast_exp(less * inverse_temperature_), temperature_);
+          value += factors.ce * (k + w == y_ ? true_residual_ : e * residual_factor_);
+        }
+        values[w] = value;
       }
-      grad[k] = value;
+      if (grad != nullptr) store_array(grad + k, values);
     });
     divergence = block_sum(shares);
     if (threadIdx.x == 0 && d_.row_kl != nullptr) {
@@ -123,22 +130,17 @@ class Row {
 
  private:
   __device__ __forceinline__ Read student_reader() const {
-    return reader_of<A, T>(d_.logits.data, d_.logits.row_stride, d_.logits.col_stride,
-                           d_.logits.dtype, i_);
+    return reader_of<A, T, aligned>(d_.logits.data, d_.logits.row_stride, d_.logits.col_stride,
+                                    d_.logits.dtype, i_, d_.K);
   }
   __device__ __forceinline__ Read source_reader(int j) const {
     const Source& s = d_.sources[j];
-    return reader_of<A, T>(s.data, s.row_stride, s.col_stride, d_.dtypes[j], i_);
+    return reader_of<A, T, aligned>(s.data, s.row_stride, s.col_stride, d_.dtypes[j], i_, d_.K);
   }
   // Shared memory of the student (0) or the slot-th active source; null: there is no room.
   __device__ __forceinline__ char* place(int slot) const {
     return slot < d_.rows_staged ? dynamic_shared() + slot * d_.staged * Read::size : nullptr;
   }
-  __device__ __forceinline__ void again(const Read& reader, const char* kept, int64_t k,
-                                        A (&to)[V]) const {
-    kept != nullptr&& k < d_.staged ? reader.kept(kept, k, to) : reader.load(k, to);
-  }
-
   // Adds V values to a running peak.
   __device__ __forceinline__ void add(const A (&x)[V], int64_t k, bool student, Peak<A>& peak) {
     A largest = x[0];
@@ -173,10 +175,10 @@ class Row {
     const Read reader = student_reader();
     char* to = place(0);
 #pragma unroll 2
-    for (int64_t k = static_cast<int64_t>(threadIdx.x) * V; k < d_.K; k += step_) {
+    for (int64_t k = first_of(reader); k < d_.K; k += step_) {
       A x[V];
-      reader.load(k, x);
-      if (to != nullptr && k < d_.staged) reader.keep(to, k, x);
+      reader.chunk(k, x);
+      if (to != nullptr) reader.keep(to, d_.staged, k, x);
       add(x, k, true, peak);
     }
     student_ = block_peak(peak, inverse_temperature_);
@@ -200,20 +202,12 @@ class Row {
       offset = gap - gap == A(0) ? gap : A(0);
     }
 #pragma unroll 2
-    for (int64_t k = static_cast<int64_t>(threadIdx.x) * V; k < d_.K; k += step_) {
+    for (int64_t k = first_of(reader); k < d_.K; k += step_) {
       A t[V];
-      reader.load(k, t);
-      if (to != nullptr && k < d_.staged) reader.keep(to, k, t);
+      reader.chunk(k, t);
+      if (to != nullptr) reader.keep(to, d_.staged, k, t);
       add(t, k, false, peak);
-      if (!reverse) continue;
-      A s[V], sum = A(0);
-      again(student, kept, k, s);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const A p = fast_exp((s[v] - student_.maximum) * inverse_temperature_) * inverse_total_;
-        sum += p == A(0) ? A(0) : p * shifted_difference(s[v], t[v], offset);
-      }
-      peak.slope += static_cast<double>(sum);
+      if (reverse) peak.slope += static_cast<double>(weighted_slope(student, kept, k, t, offset));
     }
     peak = block_peak(peak, inverse_temperature_);
     if (peak.maximum == -infinity<A>()) peak.total = NAN;
@@ -228,32 +222,54 @@ class Row {
     return static_cast<double>(weight * inverse_temperature_) * peak.slope;
   }
 
-  // body(k, s, p, slope, share) of all classes of this thread.
+  // Sum of p (s - t - offset) over a chunk of the source.
+  __device__ __forceinline__ A weighted_slope(const Read& student, const char* kept, int64_t k,
+                                              const A (&t)[V], A offset) const {
+    A sum = A(0);
+#pragma unroll
+    for (int v = 0; v < V; v += W) {
+      if (!aligned && (k + v < 0 || k + v >= d_.K)) continue;
+      A s[W];
+      student.again(kept, d_.staged, k + v, s);
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        const A p = fast_exp((s[w] - student_.maximum) * inverse_temperature_) * inverse_total_;
+        sum += p == A(0) ? A(0) : p * shifted_difference(s[w], t[v + w], offset);
+      }
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ int64_t first_of(const Read& reader) const {
+    return static_cast<int64_t>(threadIdx.x) * V - reader.before();
+  }
+
+  // body(k, s, p, slope, share) of W classes each, all of this thread.
   template <class Body>
   __device__ __forceinline__ void classes(const Body& body) {
     const Read student = student_reader();
     const char* kept = place(0);
-    for (int64_t k = static_cast<int64_t>(threadIdx.x) * V; k < d_.K; k += step_) {
-      A s[V], p[V], slope[V], share[V];
-      again(student, kept, k, s);
+    const int64_t step = static_cast<int64_t>(blockDim.x) * W;
+    for (int64_t k = static_cast<int64_t>(threadIdx.x) * W; k < d_.K; k += step) {
+      A s[W], p[W], slope[W], share[W];
+      student.again(kept, d_.staged, k, s);
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        p[v] = fast_exp((s[v] - student_.maximum) * inverse_temperature_) * inverse_total_;
-        slope[v] = share[v] = A(0);
+      for (int w = 0; w < W; ++w) {
+        p[w] = fast_exp((s[w] - student_.maximum) * inverse_temperature_) * inverse_total_;
+        slope[w] = share[w] = A(0);
       }
       int slot = 1;
       for (int j = 0; j < d_.S; ++j) {
         if (weights_[j] == A(0)) continue;
-        A t[V];
-        again(source_reader(j), place(slot++), k, t);
+        A t[W];
+        source_reader(j).again(place(slot++), d_.staged, k, t);
         const Ratio<A> ratio = ratios_[j];
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          add_source(reverse, ratio, s[v], t[v], p[v], inverse_temperature_, slope[v], share[v]);
+        for (int w = 0; w < W; ++w) {
+          add_source(reverse, ratio, s[w], t[w], p[w], inverse_temperature_, slope[w], share[w]);
         }
       }
-#pragma unroll
-      for (int v = 0; v < V; ++v) body(k + v, s[v], p[v], slope[v], share[v]);
+      body(k, s, p, slope, share);
     }
   }
 
@@ -277,7 +293,7 @@ __device__ __forceinline__ void ignore_row(const DistillationArguments& d, int64
   for (int64_t k = threadIdx.x; k < d.K; k += blockDim.x) grad[k] = A(0);
 }
 
-template <class A, class T, bool reverse>
+template <class A, class T, bool aligned, bool reverse>
 __global__ void __launch_bounds__(kMostThreads / (sizeof(A) / 4), 1)
     long_rows_kernel(const __grid_constant__ DistillationArguments d) {
   __shared__ A weights[kMostSources];
@@ -295,33 +311,32 @@ __global__ void __launch_bounds__(kMostThreads / (sizeof(A) / 4), 1)
       ignore_row<A>(d, i);
       continue;
     }
-    Row<A, T, reverse>(d, weights, ratios, i, y).work(factors, ce, kl);
+    Row<A, T, aligned, reverse>(d, weights, ratios, i, y).work(factors, ce, kl);
     __syncthreads();  // before the next row takes the shared memory
   }
   combine_blocks<A>(d, rows, ce, kl);
 }
 
-template <class A, class T>
+template <class A, class T, bool aligned>
 void start(const DistillationArguments& d, unsigned blocks, int threads, size_t shared,
            Stream stream) {
   constexpr int most = kMostThreads / static_cast<int>(sizeof(A) / 4);
   const auto size = static_cast<unsigned>(threads < most ? threads : most);
   if (d.direction == Direction::reverse) {
-    launch<long_rows_kernel<A, T, true>>(blocks, size, shared, stream, d);
+    launch<long_rows_kernel<A, T, aligned, true>>(blocks, size, shared, stream, d);
   } else {
-    launch<long_rows_kernel<A, T, false>>(blocks, size, shared, stream, d);
+    launch<long_rows_kernel<A, T, aligned, false>>(blocks, size, shared, stream, d);
   }
 }
 
-bool has_vectors(const DistillationArguments& d) {
-  const int64_t size = element_size(d.logits.dtype);
-  bool fits = d.K * size % 16 == 0 && has_vector_rows(d.logits);
+template <class Test>
+bool of_all_rows(const DistillationArguments& d, const Test& test) {
+  bool holds = test(d.logits);
   for (int j = 0; j < d.S; ++j) {
     const Source& s = d.sources[j];
-    fits = fits && d.dtypes[j] == d.logits.dtype &&
-           has_vector_rows({s.data, s.row_stride, s.col_stride, d.dtypes[j]});
+    holds = holds && test(Matrix{s.data, s.row_stride, s.col_stride, d.dtypes[j]});
   }
-  return fits;
+  return holds;
 }
 
 // As many whole rows as fit, or of very long ones the first part of each.
@@ -338,21 +353,34 @@ size_t stage(DistillationArguments& d, int64_t size, int64_t V, size_t room) {
 void distill_long_rows(const DistillationArguments& given, bool wide, unsigned blocks, int threads,
                        size_t room, Stream stream) {
   DistillationArguments d = given;
-  const bool vectors = has_vectors(d);
-  const int64_t size = vectors ? element_size(d.logits.dtype) : (wide ? 8 : 4);
-  const size_t shared = stage(d, size, vectors ? 16 / size : 1, room);
-  if (wide) {
-    return vectors ? start<double, double>(d, blocks, threads, shared, stream)
-                   : start<double, void>(d, blocks, threads, shared, stream);
+  const int64_t width = element_size(d.logits.dtype);
+  const bool contiguous = of_all_rows(d, [&](const Matrix& m) {
+    return m.dtype == d.logits.dtype && m.col_stride == 1 && is_aligned(m.data, width);
+  });
+  const bool aligned = contiguous && d.K * width % 16 == 0 && of_all_rows(d, &has_vector_rows);
+  const int64_t size = contiguous ? width : (wide ? 8 : 4);
+  const size_t shared = stage(d, size, aligned ? 16 / size : 1, room);
+  const auto go = [&](auto* arithmetic, auto* storage) {
+    using A = std::remove_pointer_t<decltype(arithmetic)>;
+    using T = std::remove_pointer_t<decltype(storage)>;
+    aligned ? start<A, T, true>(d, blocks, threads, shared, stream)
+            : start<A, T, false>(d, blocks, threads, shared, stream);
+  };
+  float* single = nullptr;
+  double* full = nullptr;
+  if (!contiguous) {
+    return wide ? start<double, void, true>(d, blocks, threads, shared, stream)
+                : start<float, void, true>(d, blocks, threads, shared, stream);
   }
-  if (!vectors) return start<float, void>(d, blocks, threads, shared, stream);
   switch (d.logits.dtype) {
+    case Dtype::float64:
+      return go(full, full);
     case Dtype::float32:
-      return start<float, float>(d, blocks, threads, shared, stream);
+      return go(single, single);
     case Dtype::bfloat16:
-      return start<float, bfloat16>(d, blocks, threads, shared, stream);
+      return go(single, static_cast<bfloat16*>(nullptr));
     default:
-      return start<float, float16>(d, blocks, threads, shared, stream);
+      return go(single, static_cast<float16*>(nullptr));
   }
 }
 

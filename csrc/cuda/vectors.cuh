@@ -37,6 +37,23 @@ __device__ __forceinline__ void load_array(const A* from, A (&to)[V]) {
   }
 }
 
+// The way back.
+template <int V, class A>
+__device__ __forceinline__ void store_array(A* to, const A (&from)[V]) {
+  if constexpr (V * sizeof(A) % 16 == 0) {
+    constexpr int piece = 16 / static_cast<int>(sizeof(A));
+#pragma unroll
+    for (int v = 0; v < V; v += piece) {
+      uint4 raw;
+      memcpy(&raw, from + v, 16);
+      *reinterpret_cast<uint4*>(to + v) = raw;
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = from[v];
+  }
+}
+
 inline bool is_aligned(const void* address, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) == 0;
 }
