@@ -72,7 +72,7 @@ emulate: install
 	  build/emulate/bin/python -m pip install --quiet --no-build-isolation --no-deps \
 	  -C build-dir=build/emulate/cmake .
 	$(EMULATED) build/emulate/bin/python -P -m pytest tests/ops
-	$(EMULATED) PYCDGKD_EMULATED_SHARED=9000 build/emulate/bin/python -P -m pytest \
+	$(EMULATED) PYCDGKD_EMULATED_SHARED=18000 build/emulate/bin/python -P -m pytest \
 	  tests/ops/test_long_rows.py tests/ops/test_multi_source_kl.py \
 	  tests/ops/test_distillation_loss.py tests/ops/test_teacher_loss.py -k "not gradcheck"
 

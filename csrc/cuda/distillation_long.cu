@@ -56,10 +56,16 @@ __device__ __forceinline__ Peak<A> block_peak(Peak<A> mine, A inverse_temperatur
           block_sum(mine.slope)};
 }
 
+// Shared memory through which the lanes write the gradient together.
+template <class A, int V, bool aligned>
+constexpr size_t writing_bytes(unsigned threads) {
+  return aligned ? 0 : threads * V * sizeof(A);
+}
+
 template <class A, class T, bool aligned, bool reverse>
 class Row {
   using Read = Reader<A, T, aligned>;
-  static constexpr int V = Read::V, W = Read::W;
+  static constexpr int V = Read::V;
 
  public:
   __device__ __forceinline__ Row(const DistillationArguments& d, const A* weights, Ratio<A>* ratios,
@@ -92,9 +98,9 @@ class Row {
     if (!reverse && any_) {
       // The sum of the slopes is known only after all log-ratios are.
       double sum = 0.0;
-      classes([&](int64_t, const A(&)[W], const A(&)[W], const A(&slope)[W], const A(&)[W]) {
+      classes([&](int64_t, const A(&)[V], const A(&)[V], const A(&slope)[V], const A(&)[V]) {
 #pragma unroll
-        for (int w = 0; w < W; ++w) sum += static_cast<double>(slope[w]);
+        for (int v = 0; v < V; ++v) sum += static_cast<double>(slope[v]);
       });
       mean = block_sum(sum);
     }
@@ -102,20 +108,20 @@ class Row {
     double shares = 0.0;
     A* grad = d_.grad == nullptr ? nullptr : static_cast<A*>(d_.grad) + i_ * d_.K;
     const bool with_kl = any_ && factors.kl != A(0);
-    classes([&](int64_t k, const A(&s)[W], const A(&p)[W], const A(&slope)[W], const A(&share)[W]) {
-      A values[W];
+    classes([&](int64_t k, const A(&s)[V], const A(&p)[V], const A(&slope)[V], const A(&share)[V]) {
+      A values[V];
 #pragma unroll
-      for (int w = 0; w < W; ++w) {
-        shares += static_cast<double>(share[w]);
-        A value = with_kl ? factors.kl * centred_slope(reverse, p[w], slope[w], centre) : A(0);
+      for (int v = 0; v < V; ++v) {
+        shares += static_cast<double>(share[v]);
+        A value = with_kl ? factors.kl * centred_slope(reverse, p[v], slope[v], centre) : A(0);
         if (d_.labels.data != nullptr) {
-          const A less = s[w] - student_.maximum;
+          const A less = s[v] - student_.maximum;
           const A e = plain_exp(less, fast_exp(less * inverse_temperature_), temperature_);
-          value += factors.ce * (k + w == y_ ? true_residual_ : e * residual_factor_);
+          value += factors.ce * (k + v == y_ ? true_residual_ : e * residual_factor_);
         }
-        values[w] = value;
+        values[v] = value;
       }
-      if (grad != nullptr) store_array(grad + k, values);
+      if (grad != nullptr) store(grad, k, values);
     });
     divergence = block_sum(shares);
     if (threadIdx.x == 0 && d_.row_kl != nullptr) {
@@ -139,7 +145,9 @@ class Row {
   }
   // Shared memory of the student (0) or the slot-th active source; null: there is no room.
   __device__ __forceinline__ char* place(int slot) const {
-    return slot < d_.rows_staged ? dynamic_shared() + slot * d_.staged * Read::size : nullptr;
+    if (slot >= d_.rows_staged) return nullptr;
+    return dynamic_shared() + writing_bytes<A, V, aligned>(blockDim.x) +
+           slot * d_.staged * Read::size;
   }
   // Adds V values to a running peak.
   __device__ __forceinline__ void add(const A (&x)[V], int64_t k, bool student, Peak<A>& peak) {
@@ -175,7 +183,7 @@ class Row {
     const Read reader = student_reader();
     char* to = place(0);
 #pragma unroll 2
-    for (int64_t k = first_of(reader); k < d_.K; k += step_) {
+    for (int64_t k = static_cast<int64_t>(threadIdx.x) * V; k < d_.K; k += step_) {
       A x[V];
       reader.chunk(k, x);
       if (to != nullptr) reader.keep(to, d_.staged, k, x);
@@ -202,7 +210,7 @@ class Row {
       offset = gap - gap == A(0) ? gap : A(0);
     }
 #pragma unroll 2
-    for (int64_t k = first_of(reader); k < d_.K; k += step_) {
+    for (int64_t k = static_cast<int64_t>(threadIdx.x) * V; k < d_.K; k += step_) {
       A t[V];
       reader.chunk(k, t);
       if (to != nullptr) reader.keep(to, d_.staged, k, t);
@@ -225,51 +233,65 @@ class Row {
   // Sum of p (s - t - offset) over a chunk of the source.
   __device__ __forceinline__ A weighted_slope(const Read& student, const char* kept, int64_t k,
                                               const A (&t)[V], A offset) const {
-    A sum = A(0);
+    A s[V], sum = A(0);
+    student.again(kept, d_.staged, k, s);
 #pragma unroll
-    for (int v = 0; v < V; v += W) {
-      if (!aligned && (k + v < 0 || k + v >= d_.K)) continue;
-      A s[W];
-      student.again(kept, d_.staged, k + v, s);
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        const A p = fast_exp((s[w] - student_.maximum) * inverse_temperature_) * inverse_total_;
-        sum += p == A(0) ? A(0) : p * shifted_difference(s[w], t[v + w], offset);
-      }
+    for (int v = 0; v < V; ++v) {
+      const A p = fast_exp((s[v] - student_.maximum) * inverse_temperature_) * inverse_total_;
+      sum += p == A(0) ? A(0) : p * shifted_difference(s[v], t[v], offset);
     }
     return sum;
   }
 
-  __device__ __forceinline__ int64_t first_of(const Read& reader) const {
-    return static_cast<int64_t>(threadIdx.x) * V - reader.before();
-  }
-
-  // body(k, s, p, slope, share) of W classes each, all of this thread.
+  // body(k, s, p, slope, share) of V classes each, all of this thread; of what lies beyond the row
+  // slope and share are 0. A warp's threads call it together.
   template <class Body>
   __device__ __forceinline__ void classes(const Body& body) {
     const Read student = student_reader();
     const char* kept = place(0);
-    const int64_t step = static_cast<int64_t>(blockDim.x) * W;
-    for (int64_t k = static_cast<int64_t>(threadIdx.x) * W; k < d_.K; k += step) {
-      A s[W], p[W], slope[W], share[W];
+    const int64_t before = lane_id() * V;
+    for (int64_t first = static_cast<int64_t>(threadIdx.x) * V - before; first < d_.K;
+         first += step_) {
+      const int64_t k = first + before;
+      if (aligned && k >= d_.K) return;
+      A s[V], p[V], slope[V], share[V];
       student.again(kept, d_.staged, k, s);
 #pragma unroll
-      for (int w = 0; w < W; ++w) {
-        p[w] = fast_exp((s[w] - student_.maximum) * inverse_temperature_) * inverse_total_;
-        slope[w] = share[w] = A(0);
+      for (int v = 0; v < V; ++v) {
+        p[v] = fast_exp((s[v] - student_.maximum) * inverse_temperature_) * inverse_total_;
+        slope[v] = share[v] = A(0);
       }
       int slot = 1;
       for (int j = 0; j < d_.S; ++j) {
         if (weights_[j] == A(0)) continue;
-        A t[W];
+        A t[V];
         source_reader(j).again(place(slot++), d_.staged, k, t);
         const Ratio<A> ratio = ratios_[j];
 #pragma unroll
-        for (int w = 0; w < W; ++w) {
-          add_source(reverse, ratio, s[w], t[w], p[w], inverse_temperature_, slope[w], share[w]);
+        for (int v = 0; v < V; ++v) {
+          if (!aligned && k + v >= d_.K) continue;
+          add_source(reverse, ratio, s[v], t[v], p[v], inverse_temperature_, slope[v], share[v]);
         }
       }
       body(k, s, p, slope, share);
+    }
+  }
+
+  // Where the rows are not aligned the lanes hand their values to each other, so that neighbours
+  // write neighbours.
+  __device__ __forceinline__ void store(A* row, int64_t k, const A (&values)[V]) const {
+    if constexpr (aligned) {
+      store_array(row + k, values);
+    } else {
+      A* shared = reinterpret_cast<A*>(dynamic_shared()) + warp_id() * 32 * V;
+      store_array(shared + lane_id() * V, values);
+      __syncwarp();
+      const int64_t first = k - lane_id() * V;
+#pragma unroll
+      for (int e = lane_id(); e < 32 * V; e += 32) {
+        if (first + e < d_.K) row[first + e] = shared[e];
+      }
+      __syncwarp();  // before the next values come
     }
   }
 
@@ -317,15 +339,22 @@ __global__ void __launch_bounds__(kMostThreads / (sizeof(A) / 4), 1)
   combine_blocks<A>(d, rows, ce, kl);
 }
 
+// Makes room for as many whole rows as fit, or of very long ones for the first part of each.
 template <class A, class T, bool aligned>
-void start(const DistillationArguments& d, unsigned blocks, int threads, size_t shared,
-           Stream stream) {
-  constexpr int most = kMostThreads / static_cast<int>(sizeof(A) / 4);
-  const auto size = static_cast<unsigned>(threads < most ? threads : most);
+void start(DistillationArguments& d, unsigned blocks, int threads, size_t room, Stream stream) {
+  using Read = Reader<A, T, aligned>;
+  constexpr int most = kMostThreads / static_cast<int>(sizeof(A) / 4), V = Read::V;
+  const auto count = static_cast<unsigned>(threads < most ? threads : most);
+  const size_t writing = writing_bytes<A, V, aligned>(count);
+  d.rows_staged = d.S + 1;
+  const size_t left = room > writing ? room - writing : 0;
+  d.staged = static_cast<int64_t>(left) / (d.rows_staged * Read::size) / V * V;
+  if (d.staged > d.K) d.staged = (d.K + V - 1) / V * V;
+  const size_t shared = writing + static_cast<size_t>(d.rows_staged * d.staged * Read::size);
   if (d.direction == Direction::reverse) {
-    launch<long_rows_kernel<A, T, aligned, true>>(blocks, size, shared, stream, d);
+    launch<long_rows_kernel<A, T, aligned, true>>(blocks, count, shared, stream, d);
   } else {
-    launch<long_rows_kernel<A, T, aligned, false>>(blocks, size, shared, stream, d);
+    launch<long_rows_kernel<A, T, aligned, false>>(blocks, count, shared, stream, d);
   }
 }
 
@@ -339,15 +368,6 @@ bool of_all_rows(const DistillationArguments& d, const Test& test) {
   return holds;
 }
 
-// As many whole rows as fit, or of very long ones the first part of each.
-size_t stage(DistillationArguments& d, int64_t size, int64_t V, size_t room) {
-  const int64_t elements = static_cast<int64_t>(room) / size;
-  d.rows_staged = d.S + 1;
-  d.staged = elements / d.rows_staged / V * V;
-  if (d.staged > d.K) d.staged = (d.K + V - 1) / V * V;
-  return static_cast<size_t>(d.rows_staged * d.staged * size);
-}
-
 }  // namespace
 
 void distill_long_rows(const DistillationArguments& given, bool wide, unsigned blocks, int threads,
@@ -358,19 +378,17 @@ void distill_long_rows(const DistillationArguments& given, bool wide, unsigned b
     return m.dtype == d.logits.dtype && m.col_stride == 1 && is_aligned(m.data, width);
   });
   const bool aligned = contiguous && d.K * width % 16 == 0 && of_all_rows(d, &has_vector_rows);
-  const int64_t size = contiguous ? width : (wide ? 8 : 4);
-  const size_t shared = stage(d, size, aligned ? 16 / size : 1, room);
   const auto go = [&](auto* arithmetic, auto* storage) {
     using A = std::remove_pointer_t<decltype(arithmetic)>;
     using T = std::remove_pointer_t<decltype(storage)>;
-    aligned ? start<A, T, true>(d, blocks, threads, shared, stream)
-            : start<A, T, false>(d, blocks, threads, shared, stream);
+    aligned ? start<A, T, true>(d, blocks, threads, room, stream)
+            : start<A, T, false>(d, blocks, threads, room, stream);
   };
   float* single = nullptr;
   double* full = nullptr;
   if (!contiguous) {
-    return wide ? start<double, void, true>(d, blocks, threads, shared, stream)
-                : start<float, void, true>(d, blocks, threads, shared, stream);
+    return wide ? start<double, void, true>(d, blocks, threads, room, stream)
+                : start<float, void, true>(d, blocks, threads, room, stream);
   }
   switch (d.logits.dtype) {
     case Dtype::float64:

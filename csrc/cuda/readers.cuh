@@ -8,78 +8,59 @@
 namespace pycdgkd {
 namespace cuda {
 
-// How a matrix's row is read, V elements at a time. Chunks of V begin where 16 bytes do, so that
-// the first and the last of a row may reach beyond it: what lies there counts as -inf, which adds
-// nothing.
+// How a matrix's row is read, V elements at a time, the first chunk beginning where the row does:
+// so a row's sums have the same bits wherever it lies. What the last chunk has beyond the row
+// counts as -inf, which adds nothing.
 //
 // T, aligned: rows of one dtype, contiguous, whole chunks only. T, not aligned: contiguous rows of
 // one dtype, wherever they begin. void: anything, an element at a time.
 template <class A, class T, bool aligned>
 struct Reader {
-  static constexpr int V = kVector<T>;       // elements of a chunk
-  static constexpr int W = aligned ? V : 1;  // elements that are read again together
+  static constexpr int V = kVector<T>;  // elements of a chunk
   static constexpr int size = sizeof(T);
   const T* row;
   int64_t K;
 
-  // Elements between the beginning of the first chunk and that of the row.
-  __device__ __forceinline__ int64_t before() const {
-    if constexpr (aligned) return 0;
-    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
-  }
   __device__ __forceinline__ void chunk(int64_t k, A (&to)[V]) const {
-    if constexpr (aligned) {
+    const auto shift = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+    if (aligned || (shift == 0 && k + V <= K)) {
       load_vector(row + k, to);
-    } else if (k >= 0 && k + V <= K) {
-      load_vector(row + k, to);
+    } else if (k >= shift && k - shift + 2 * V <= K) {
+      load_across(row + k, to);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const bool inside = k + v >= 0 && k + v < K;
-        to[v] = inside ? static_cast<A>(to_arithmetic(row[k + v])) : -infinity<A>();
+        to[v] = k + v < K ? static_cast<A>(to_arithmetic(row[k + v])) : -infinity<A>();
       }
     }
   }
+  // `staged` is a multiple of V.
   __device__ __forceinline__ void keep(void* place, int64_t staged, int64_t k,
                                        const A (&values)[V]) const {
-    T* to = static_cast<T*>(place);
-    if constexpr (aligned) {
-      if (k >= staged) return;
-      T elements[V];
+    if (k >= staged) return;
+    T elements[V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) elements[v] = from_arithmetic<T>(values[v]);
-      memcpy(to + k, elements, 16);
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if (k + v >= 0 && k + v < staged && k + v < K) to[k + v] = from_arithmetic<T>(values[v]);
-      }
-    }
+    for (int v = 0; v < V; ++v) elements[v] = from_arithmetic<T>(values[v]);
+    memcpy(static_cast<T*>(place) + k, elements, 16);
   }
-  // W elements from k on, which is within the row, once more.
+  // Once more.
   __device__ __forceinline__ void again(const void* kept, int64_t staged, int64_t k,
-                                        A (&to)[W]) const {
-    const bool here = kept != nullptr && k < staged;
-    if constexpr (aligned) {
-      if (!here) return load_vector(row + k, to);
-      T elements[V];
-      memcpy(elements, static_cast<const T*>(kept) + k, 16);
+                                        A (&to)[V]) const {
+    if (kept == nullptr || k >= staged) return chunk(k, to);
+    T elements[V];
+    memcpy(elements, static_cast<const T*>(kept) + k, 16);
 #pragma unroll
-      for (int v = 0; v < V; ++v) to[v] = static_cast<A>(to_arithmetic(elements[v]));
-    } else {
-      to[0] = static_cast<A>(to_arithmetic(here ? static_cast<const T*>(kept)[k] : row[k]));
-    }
+    for (int v = 0; v < V; ++v) to[v] = static_cast<A>(to_arithmetic(elements[v]));
   }
 };
 
 template <class A, bool aligned>
 struct Reader<A, void, aligned> {
-  static constexpr int V = 1, W = 1;
+  static constexpr int V = 1;
   static constexpr int size = sizeof(A);
   const void* data;
   int64_t start, col_stride;
   Dtype dtype;
-  __device__ __forceinline__ int64_t before() const { return 0; }
   __device__ __forceinline__ void chunk(int64_t k, A (&to)[V]) const {
     to[0] = load_element<A>(data, start + k * col_stride, dtype);
   }
@@ -88,7 +69,7 @@ struct Reader<A, void, aligned> {
     if (k < staged) static_cast<A*>(place)[k] = values[0];
   }
   __device__ __forceinline__ void again(const void* kept, int64_t staged, int64_t k,
-                                        A (&to)[W]) const {
+                                        A (&to)[V]) const {
     if (kept != nullptr && k < staged) {
       to[0] = static_cast<const A*>(kept)[k];
     } else {

@@ -20,6 +20,28 @@ __device__ __forceinline__ void load_vector(const T* from, A (&to)[kVector<T>]) 
   for (int v = 0; v < kVector<T>; ++v) to[v] = static_cast<A>(to_arithmetic(elements[v]));
 }
 
+// The same from any address of an element, by two vectors of which the neighbour reads one as well.
+// Those 32 bytes must be readable.
+template <class T, class A>
+__device__ __forceinline__ void load_across(const T* from, A (&to)[kVector<T>]) {
+  const unsigned shift = reinterpret_cast<uintptr_t>(from) % 16;
+  const auto* vectors = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(from) - shift);
+  const uint4 low = __ldg(vectors), high = __ldg(vectors + 1);
+  unsigned words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int w = 0; w < 6; ++w) words[w] = (shift & 8) != 0 ? words[w + 2] : words[w];
+#pragma unroll
+  for (int w = 0; w < 5; ++w) words[w] = (shift & 4) != 0 ? words[w + 1] : words[w];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    words[w] = (shift & 2) != 0 ? words[w] >> 16 | words[w + 1] << 16 : words[w];
+  }
+  T elements[kVector<T>];
+  memcpy(elements, words, 16);
+#pragma unroll
+  for (int v = 0; v < kVector<T>; ++v) to[v] = static_cast<A>(to_arithmetic(elements[v]));
+}
+
 // V consecutive elements of an array of A whose address is aligned for them, V sizeof(A) being a
 // multiple of 16 or a single element.
 template <int V, class A>
