@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,41 +13,91 @@ from pycdgkd.errors import InputError
 from .progress import shown_progress
 
 if TYPE_CHECKING:
+    from pycdgkd.data.config import PrepareConfig
     from pycdgkd.report.results import Results
 
-LAYOUTS = ("deap",)
+HOLDS = {
+    "deap": "data_original/ (or data_preprocessed_python/), face_video/ and metadata_csv/",
+    "mahnob": "Sessions/",
+    "folder": "trials.csv",
+}
 
 
 def prepare(arguments: argparse.Namespace) -> int:
     """Recordings -> cache of samples; bad recordings are named and skipped."""
-    from pycdgkd.data.config import PrepareConfig
-
-    if arguments.layout not in LAYOUTS:
-        raise InputError(
-            f"unknown layout '{arguments.layout}'; expected one of {', '.join(LAYOUTS)}, "
-            "as in: pycdgkd prepare deap ROOT CACHE"
-        )
-    names = [field.name for field in dataclasses.fields(PrepareConfig)]
-    config = PrepareConfig(**{name: getattr(arguments, name) for name in names})
-    if not arguments.root.is_dir():
-        raise InputError(
-            f"no recordings at {arguments.root}: no such folder; expected the folder that holds "
-            "data_original/, face_video/ and metadata_csv/; check the path"
-        )
-    from pycdgkd.data.deap import prepare as prepare_deap
+    config = prepare_config(arguments)
+    shard = parse_shard(arguments.shard)
+    from pycdgkd.data.pipeline import prepare as prepare_cache
 
     with shown_progress() as progress:
-        report = prepare_deap(arguments.root, arguments.cache, config, progress=progress)
+        report = prepare_cache(
+            arguments.root,
+            arguments.cache,
+            config,
+            dataset=arguments.layout,
+            jobs=arguments.jobs,
+            shard=shard,
+            strict=arguments.strict,
+            progress=progress,
+        )
     for subject, trial, reason in report.skipped:
         where = f"subject {subject}" if trial is None else f"subject {subject} trial {trial}"
         print(f"skipped  {where}: {reason}")
+    rates = ", ".join(f"s{s:02d} {rate:.1%}" for s, rate in report.face_miss_rates.items() if rate)
     resumed = f" ({report.resumed_trials} done before)" if report.resumed_trials else ""
     print(
         f"prepared {report.samples} samples of {report.trials} trials{resumed}, "
         f"skipped {len(report.skipped)}, frames without a face {report.face_miss_rate:.1%}"
+        + (f" ({rates})" if rates else "")
     )
-    print(f"next     pycdgkd train {arguments.cache} --out runs/NAME")
+    spent = [f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items()]
+    if spent:
+        print(f"time     {', '.join(spent)}")
+    if report.finished:
+        print(f"next     pycdgkd train {arguments.cache} --out runs/NAME")
+    else:
+        print("next     the other shards, then the same command without --shard to join them")
     return 0
+
+
+def prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
+    """The options of `prepare` and `check-data` over the defaults of their dataset."""
+    from pycdgkd.data.config import DATASETS, PrepareConfig
+
+    if arguments.layout not in DATASETS:
+        raise InputError(
+            f"unknown layout '{arguments.layout}'; expected one of {', '.join(DATASETS)}, "
+            "as in: pycdgkd prepare deap ROOT CACHE"
+        )
+    names = [field.name for field in dataclasses.fields(PrepareConfig)]
+    given = {
+        name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
+    }
+    config = PrepareConfig.of(arguments.layout, **given)
+    if not arguments.root.is_dir():
+        raise InputError(
+            f"no recordings at {arguments.root}: no such folder; expected the folder that holds "
+            f"{HOLDS[arguments.layout]}; check the path"
+        )
+    return config
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/8" as (2, 8)."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise InputError(f"--shard must be i/n with i from 1 to n, as in 2/8; got '{text}'")
+    return int(index), int(count)
+
+
+def check_data(arguments: argparse.Namespace) -> int:
+    """What a dataset's folder holds; exit status 1 if something of it would be skipped."""
+    config = prepare_config(arguments)
+    from pycdgkd.data.check import check_dataset
+
+    found = check_dataset(arguments.root, config, arguments.layout)
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.text())
+    return 1 if found.skipped else 0
 
 
 def train(arguments: argparse.Namespace) -> int:

@@ -122,7 +122,7 @@ def _read_marker(marker: Path) -> dict[str, Any]:
 
 def _run_steps(out: Path, run: Path, steps: Steps, progress: Progress) -> None:
     """The steps that a user of DEAP takes, each skipped or resumed if it was done before."""
-    from pycdgkd.data.deap import prepare
+    from pycdgkd.data.pipeline import prepare
     from pycdgkd.data.synthetic import write_study
     from pycdgkd.training.run import train
 

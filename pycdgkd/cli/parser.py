@@ -26,20 +26,26 @@ _EPILOG = (
 
 # Every field of PrepareConfig is an option of `prepare`; a test holds the two together.
 PREPARE_HELP = {
-    "source": "where the EEG is read from: 'bdf' (data_original/sNN.bdf)",
-    "sfreq": "EEG rate of the cache in hertz; the recording's rate must be a whole multiple of it",
-    "channels": "'tsception28' (28 electrodes, midline left out) or 'all32'",
+    "source": "deap: EEG of the original recordings 'bdf' or the preprocessed 'dat'",
+    "subjects": "'all', or numbers as in 1,2,7; else those that the dataset's papers use",
+    "labels": "columns kept as labels, as in valence,arousal; else the dataset's own",
+    "sfreq": "EEG rate of the cache in hertz",
+    "channels": "'tsception28' (28 electrodes, no midline), 'all32' or names as in Fz,Cz,Pz",
+    "baseline": "'mean' subtracts each electrode's mean before the stimulus; or 'none'",
+    "baseline_seconds": "length of that baseline",
+    "timing": "find frames by 'count' at the true rate or by the file's time 'stamps'",
+    "frames": "at most so many frames of a window; 0 for all",
     "notch": "mains frequency to filter out in hertz; 0 for none",
     "low": "lower edge of the EEG's pass band in hertz",
     "high": "upper edge of the EEG's pass band in hertz",
     "window": "length of one sample in seconds",
     "stride": "distance between the starts of neighbouring samples in seconds",
-    "trial_seconds": "length of one trial in seconds, from its start event",
+    "trial_seconds": "length of one trial in seconds, from its start; 0: as long as its stimulus",
     "fps": "true frame rate of the face videos in frames per second (metadata is often wrong)",
     "frame_stride": "keep one frame of every so many frames",
     "img_size": "edge of the square face crop in pixels",
     "margin": "widening of the face box as a share of its size",
-    "faces": "'mtcnn' (detected faces) or 'none' (the largest centred square of each frame)",
+    "faces": "'mtcnn' (detected), 'boxes' (ROOT/boxes.csv) or 'none' (largest centred square)",
     "min_face": "smallest face that is looked for in pixels",
     "video_offset": "seconds of video before the trial's start event",
 }
@@ -101,18 +107,44 @@ def _add_demo(parser: Parser) -> None:
 
 
 def _add_prepare(parser: Parser) -> None:
-    from pycdgkd.data.config import PrepareConfig
-
-    parser.add_argument("layout", metavar="deap", help="layout of the recordings: deap")
-    parser.add_argument("root", metavar="ROOT", type=Path, help="folder with data_original/, ...")
+    _add_dataset(parser)
     parser.add_argument("cache", metavar="CACHE", type=Path, help="folder to write the samples to")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="processes, each at one subject"
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="i/n",
+        default="1/1",
+        help="prepare every n-th subject from the i-th on; others do the rest in the same CACHE, "
+        "and the command without this option joins them",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad recording")
+    _add_prepare_options(parser)
+
+
+def _add_check_data(parser: Parser) -> None:
+    _add_dataset(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_prepare_options(parser)
+
+
+def _add_dataset(parser: Parser) -> None:
+    parser.add_argument("layout", metavar="deap|mahnob|folder", help="layout of the recordings")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="folder that holds the recordings")
+
+
+def _add_prepare_options(parser: Parser) -> None:
+    from pycdgkd.data.config import DATASET_DEFAULTS, PrepareConfig
+
     for field in dataclasses.fields(PrepareConfig):
+        name = field.name
+        others = [f"{d} {v[name]!r}" for d, v in DATASET_DEFAULTS.items() if name in v]
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
+            f"--{name.replace('_', '-')}",
             type=type(field.default),
-            default=field.default,
             metavar={str: "NAME", int: "N"}.get(type(field.default), "X"),
-            help=PREPARE_HELP[field.name],
+            help=f"{PREPARE_HELP[name]} (default: {', '.join([repr(field.default), *others])})",
         )
 
 
@@ -207,6 +239,12 @@ _NOTHING_KEPT = "nothing was written; run the same command again"
 _COMMANDS = {
     "demo": (demo, _add_demo, _AGAIN, "the whole chain on made-up recordings"),
     "prepare": (commands.prepare, _add_prepare, _AGAIN, "recordings -> cache of samples"),
+    "check-data": (
+        commands.check_data,
+        _add_check_data,
+        _NOTHING_KEPT,
+        "what a dataset's folder holds and what would be skipped",
+    ),
     "train": (
         commands.train,
         _add_train,

@@ -1,4 +1,4 @@
-"""Recordings to cache: synthetic studies, DEAP preparation, the prepared cache and its splits.
+"""Recordings to cache: synthetic studies, preparation, the prepared cache and its splits.
 
 Every name is loaded on first use: ``import pycdgkd.data`` pulls in neither numpy nor torch, and the
 optional packages (mne, av, edfio, the mtcnn weight files) are imported inside the functions that
@@ -14,8 +14,8 @@ from pycdgkd.lazy import attach
 if TYPE_CHECKING:
     from .cache import Cache
     from .config import PrepareConfig, StudyConfig, parameter_hash
-    from .deap import PrepareReport, prepare
     from .faces import FaceDetector, track_crops
+    from .pipeline import PrepareReport, prepare
     from .splits import Split, trial_split
     from .synthetic import write_study
     from .video import sample_frames, video_fps
@@ -40,11 +40,11 @@ _HOME = {
     "Cache": "cache",
     "FaceDetector": "faces",
     "PrepareConfig": "config",
-    "PrepareReport": "deap",
+    "PrepareReport": "pipeline",
     "Split": "splits",
     "StudyConfig": "config",
     "parameter_hash": "config",
-    "prepare": "deap",
+    "prepare": "pipeline",
     "sample_frames": "video",
     "track_crops": "faces",
     "trial_split": "splits",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,13 +15,14 @@ import numpy.typing as npt
 
 from pycdgkd.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 JOURNAL = "journal.jsonl"
+PARTS = "parts"
+SPECTRA = "spectra.npy"
 INT_COLUMNS = ("sample", "subject", "trial", "experiment_id", "segment")
-FLOAT_COLUMNS = ("start_s", "valence", "arousal", "dominance", "liking")
-COLUMNS = (*INT_COLUMNS, *FLOAT_COLUMNS, "faces_found")
+
 
 Samples: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -55,7 +57,7 @@ class Cache:
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
-        samples = read_samples(folder / "samples.csv")
+        samples = read_samples(folder / "samples.csv", tuple(manifest["labels"]))
         video = _load(folder / "video.npy", np.uint8, 5)
         mask = _load(folder / "frame_mask.npy", np.bool_, 2)
         eeg = _load(folder / "eeg.npy", np.float32, 3)
@@ -69,6 +71,17 @@ class Cache:
             )
         return cls(folder, manifest, video, mask, eeg, samples)
 
+    @property
+    def spectra(self) -> npt.NDArray[np.float64]:
+        """EEG power (subjects, 2, 65) at 0 to 64 Hz before and after filtering, by subject."""
+        array = _load(self.path / SPECTRA, np.float64, 3)
+        if array.shape[1:] != (2, 65):
+            raise InputError(
+                f"{self.path / SPECTRA} has shape {array.shape}; expected (subjects, 2, 65); "
+                "remedy: delete the cache and prepare it again"
+            )
+        return array
+
     def __len__(self) -> int:
         return len(self.eeg)
 
@@ -81,6 +94,11 @@ class Cache:
     def channels(self) -> tuple[str, ...]:
         """Electrode names in the order of the EEG's second axis."""
         return tuple(self.manifest["channels"])
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Label columns of ``samples``: names of the classes, none for a rating."""
+        return dict(self.manifest["labels"])
 
     @property
     def hash(self) -> str:
@@ -112,6 +130,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format"]
+        if version == FORMAT:
+            _check_manifest(manifest)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder / MANIFEST} is damaged; expected JSON written by 'pycdgkd prepare'; "
@@ -124,12 +144,32 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ``KeyError`` or ``TypeError`` unless what readers use is there."""
+    kinds: dict[str, type] = {
+        "samples": int, "parameters": dict, "channels": list, "labels": dict, "hash": str,
+        "synthetic": bool, "dataset": str, "skipped": list, "subjects": dict, "stimuli": dict,
+        "face_miss_rate": float, "face_miss_rates": dict,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(manifest[name], kind):
+            raise TypeError(name)
+
+
 def unfinished_state(folder: Path) -> str:
     """How far an unfinished cache has come, in words."""
-    planned = len(json.loads((folder / PLAN).read_text(encoding="utf-8"))["trials"])
-    journal = folder / JOURNAL
-    done = len(journal.read_bytes().splitlines()) if journal.is_file() else 0
-    return f"{done} of {planned} trials done"
+    try:
+        planned = json.loads((folder / PLAN).read_text(encoding="utf-8"))["trials"]
+        done = 0
+        for journal in (folder / JOURNAL, *folder.glob(f"{PARTS}/*/{JOURNAL}")):
+            lines = journal.read_bytes().splitlines() if journal.is_file() else []
+            entries = [json.loads(line) for line in lines]
+            done += sum(1 for entry in entries if entry["trial"] is not None)
+            lost = {entry["subject"] for entry in entries if entry["trial"] is None}
+            done += sum(1 for subject, _ in planned if subject in lost)
+    except (ValueError, KeyError, TypeError):
+        return "its plan or journal is damaged"
+    return f"{done} of {len(planned)} trials done"
 
 
 def _load(path: Path, dtype: type[np.generic], ndim: int) -> npt.NDArray[Any]:
@@ -150,8 +190,13 @@ def _load(path: Path, dtype: type[np.generic], ndim: int) -> npt.NDArray[Any]:
     return array
 
 
-def read_samples(path: Path) -> Samples:
-    """Read samples.csv into one array a column: int64, or float64 for times and ratings."""
+def sample_columns(labels: Iterable[str]) -> tuple[str, ...]:
+    """Columns of samples.csv."""
+    return (*INT_COLUMNS, "start_s", *labels, "faces_found")
+
+
+def read_samples(path: Path, labels: Sequence[str]) -> Samples:
+    """Read samples.csv into one array a column: int64, or float64 for times and labels."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -159,22 +204,25 @@ def read_samples(path: Path) -> Samples:
         raise InputError(
             f"cannot read {path}: {error.strerror}; remedy: prepare the cache again"
         ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is damaged: {error}; remedy: prepare the cache again") from error
+    names = sample_columns(labels)
     columns: Samples = {}
-    for name in COLUMNS:
-        kind = np.float64 if name in FLOAT_COLUMNS else np.int64
+    for name in names:
+        kind = np.float64 if name in ("start_s", *labels) else np.int64
         try:
             columns[name] = np.array([row[name] for row in rows]).astype(kind)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise InputError(
                 f"{path}: column '{name}' is missing or holds no numbers; expected columns "
-                f"{','.join(COLUMNS)}; remedy: prepare the cache again"
+                f"{','.join(names)}; remedy: prepare the cache again"
             ) from error
     return columns
 
 
-def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_samples(path: Path, rows: list[dict[str, Any]], labels: Sequence[str]) -> None:
     """Write samples.csv; floats are written so that they read back exactly."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, sample_columns(labels), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -1,242 +1,175 @@
-"""DEAP's original recordings (BDF and face video) to a cache.
+"""DEAP: its original BDF recordings or its preprocessed .dat files, with the face videos.
 
-    ROOT/data_original/sNN.bdf   ROOT/face_video/sNN/sNN_trialMM.avi
-    ROOT/metadata_csv/participant_ratings.csv
+    ROOT/data_original/sNN.bdf   ROOT/data_preprocessed_python/sNN.dat
+    ROOT/face_video/sNN/sNN_trialMM.avi
+    ROOT/metadata_csv/participant_ratings.csv (or .xls, .xlsx, .ods)
 
-The order trap: videos and BDF trials lie in presentation order (the column Trial), while
-Experiment_id names the video that was shown, in another order for each participant. Ratings are
-therefore always joined by (Participant_id, Trial) here; Experiment_id is only carried along.
+Files are found by their names, at whatever depth the archives were unpacked.
+
+The order trap: videos and BDF trials lie in presentation order (the column Trial), while .dat rows
+are in the order of Experiment_id, the video that was shown. Ratings, videos and BDF trials are
+therefore joined by (Participant_id, Trial), and .dat rows through the ratings' Experiment_id.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from pycdgkd.errors import InputError
 
-from .cache import MANIFEST
-from .cache_writer import (
-    CacheWriter,
-    Plan,
-    TrialData,
-    check_same,
-    fingerprints,
-    open_writer,
-    read_plan,
-)
-from .config import PrepareConfig
-from .deap_files import Rated, recording_path, scan
-from .eeg import CHANNEL_ORDER, clean, cut_windows, read_recording, trial_starts
-from .faces import FaceDetector, track_crops
+from .config import PrepareConfig, split_names
+from .deap_dat import open_dat
+from .eeg import eeg_trial, open_bdf, referenced, trial_starts
+from .study import ReadTrial, Skip, Study, Trial, find_files, number, rating
 from .synthetic import MARKER
-from .video import read_frames
+from .tables import read_table
 
-Progress = Callable[[str], None] | None
+RATINGS = ("valence", "arousal", "dominance", "liking")
+KEYS = ("participant_id", "trial", "experiment_id")
+SUBJECTS = tuple(range(1, 23))  # those whose face was filmed
+TABLES = (".csv", ".xls", ".xlsx", ".ods")  # the first that is there is read
+
+Index = Mapping[str, Sequence[Path]]
+Key = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class PrepareReport:
-    """What ``prepare`` did.
+def scan(root: Path, config: PrepareConfig) -> Study:
+    """Join the ratings with the files.
 
-    samples, trials: how many the cache holds. skipped: (subject, trial or None for all of the
-    subject, reason), also for single windows left out. resumed_trials: trials that an earlier,
-    interrupted run had done. face_miss_rate: share of frames without a face of their own.
+    Raises ``InputError`` when recordings, videos or ratings are missing altogether, or no trial is
+    complete.
     """
-
-    samples: int
-    trials: int
-    skipped: list[tuple[int, int | None, str]]
-    resumed_trials: int
-    face_miss_rate: float
-
-
-def prepare(
-    root: Path | str, cache: Path | str, config: PrepareConfig, *, progress: Progress = None
-) -> PrepareReport:
-    """Prepare all subjects that have a recording, ratings and videos.
-
-    A recording, video or trial that cannot be used is skipped and named in the report. An
-    interrupted preparation resumes; a finished one is left alone. Raises ``InputError`` when the
-    folders are not laid out as above, when nothing can be used, or when ``cache`` was made with
-    other parameters or from other files (the differences are named): after mending a recording,
-    prepare a new cache.
-    """
-    root, cache = Path(root), Path(cache)
-    rated, plan = _plan(root, config)
-    found = read_plan(cache)
-    if found is not None:
-        check_same(cache, found, plan)
-        if (cache / MANIFEST).is_file():
-            return _report(found, len(plan.trials))
-    writer = open_writer(cache, plan)
-    resumed = sum(writer.done(*trial) for trial in plan.trials)
-    _Run(root, config, writer, progress).all(rated)
-    if writer.count == 0:
-        reasons = "; ".join(str(entry["skipped"]) for entry in writer.journal[:2])
-        raise InputError(
-            f"no usable trial in {root} ({len(plan.trials)} tried): {reasons}; "
-            f"remedy: mend the recordings and delete {cache}"
-        )
-    return _report(writer.finish(), resumed)
-
-
-def _plan(root: Path, config: PrepareConfig) -> tuple[list[Rated], Plan]:
-    """The trials that have everything they need, and the plan of the cache."""
-    files = scan(root)
-    inputs = {files.ratings, *(trial.video for trial in files.trials)}
-    inputs |= {recording_path(root, trial.subject) for trial in files.trials}
-    plan = Plan(
-        config=config,
-        dataset="deap",
-        synthetic=(root / MARKER).is_file(),
-        channels=CHANNEL_ORDER[config.channels],
-        inputs=fingerprints(root, inputs),
-        trials=tuple((trial.subject, trial.trial) for trial in files.trials),
-        skipped=tuple(files.skipped),
-    )
-    return files.trials, plan
-
-
-def _report(manifest: dict[str, Any], resumed: int) -> PrepareReport:
-    return PrepareReport(
-        samples=manifest["samples"],
-        trials=manifest["used_trials"],
-        skipped=[(subject, trial, reason) for subject, trial, reason in manifest["skipped"]],
-        resumed_trials=resumed,
-        face_miss_rate=manifest["face_miss_rate"],
-    )
-
-
-class _Run:
-    """One run over the trials that the writer does not have yet."""
-
-    def __init__(
-        self, root: Path, config: PrepareConfig, writer: CacheWriter, progress: Progress
-    ) -> None:
-        self.root, self.config, self.writer, self.progress = root, config, writer, progress
-        self.detector = FaceDetector(config.min_face) if config.faces == "mtcnn" else None
-        self.began = time.monotonic()
-        self.total = self.before = self.finished = 0
-
-    def all(self, trials: list[Rated]) -> None:
-        """Every subject in turn; its BDF is read once."""
-        self.total = len(trials)
-        self.before = sum(self.writer.done(trial.subject, trial.trial) for trial in trials)
-        for subject in sorted({trial.subject for trial in trials}):
-            mine = [trial for trial in trials if trial.subject == subject]
-            pending = [trial for trial in mine if not self.writer.done(subject, trial.trial)]
-            if pending:
-                self._subject(subject, pending)
-
-    def _subject(self, subject: int, pending: list[Rated]) -> None:
+    index: dict[str, list[Path]] = {}
+    for path in find_files(root):
+        index.setdefault(path.name.casefold(), []).append(path)
+    _check_layout(root, index, config.source)
+    table = _find_table(root, index)
+    names = split_names(config.labels) if config.labels else RATINGS
+    rows = read_ratings(table, names)
+    trials: list[Trial] = []
+    skipped: list[Skip] = []
+    for subject in sorted({subject for subject, _ in rows}):
+        mine = {trial: rows[who, trial] for who, trial in rows if who == subject}
+        if not config.wants(subject, SUBJECTS):
+            continue
         try:
-            recording = read_recording(recording_path(self.root, subject))
-            starts = trial_starts(recording)
-            if len(starts) != pending[0].presented:
-                raise InputError(
-                    f"{recording.path} holds {len(starts)} video starts (code 4); expected "
-                    f"{pending[0].presented}, the trials that were presented by the ratings; "
-                    "remedy: check the recording"
-                )
-            cleaned = clean(recording, self.config)
+            recording = _only(index, f"s{subject:02d}.{config.source}", "recording", root)
+            if not any(name.startswith(f"s{subject:02d}_trial") for name in index):
+                raise InputError(f"no videos s{subject:02d}_trialMM.avi")
         except InputError as error:
-            self.writer.skip(subject, None, str(error))
-            self._tell(f"s{subject:02d} skipped: {error}", len(pending))
-            return
-        for trial in pending:
-            name = f"s{subject:02d} trial {trial.trial}"
+            skipped.append((subject, None, str(error)))
+            continue
+        for trial in sorted(mine):
             try:
-                start = int(starts[trial.trial - 1])
-                windows = cut_windows(cleaned, start, recording, self.config)
-                self.writer.add(subject, trial.trial, self._trial(trial, windows))
-                self._tell(name, 1)
+                name = f"s{subject:02d}_trial{trial:02d}.avi"
+                video = _only(index, name, "video", root)
+                labels = {name: rating(name.capitalize(), mine[trial][name]) for name in names}
             except InputError as error:
-                self.writer.skip(subject, trial.trial, str(error))
-                self._tell(f"{name} skipped: {error}", 1)
-
-    def _trial(self, trial: Rated, eeg: npt.NDArray[np.float32]) -> TrialData:
-        """Frames of each window beside its EEG; windows without either are left out."""
-        config = self.config
-        numbers = np.array([window_frames(config, start) for start in config.window_starts])
-        frames, got = read_frames(trial.video, numbers)
-        mask = np.isin(numbers, got)
-        usable = np.flatnonzero(mask.any(axis=1) & (np.arange(len(numbers)) < len(eeg)))
-        if len(usable) == 0:
-            raise InputError(
-                f"no window of subject {trial.subject} trial {trial.trial} is covered by both "
-                f"recordings: {len(got)} frames of {trial.video.name}, {len(eeg)} windows of EEG; "
-                "remedy: check their lengths"
+                skipped.append((subject, trial, str(error)))
+                continue
+            shown = int(number(mine[trial]["experiment_id"]))
+            trials.append(
+                Trial(subject, trial, shown, labels, config.trial_seconds, video, recording)
             )
-        crops, found = self._crops(trial, frames)
-        place = np.searchsorted(got, numbers)
-        video = np.zeros((len(usable), numbers.shape[1], *crops.shape[1:]), np.uint8)
-        rows = []
-        for row, window in enumerate(usable.tolist()):
-            seen = place[window][mask[window]]
-            video[row, mask[window]] = crops[seen]
-            rows.append(_row(trial, window, config.window_starts[window], int(found[seen].sum())))
-        missed = int((~found).sum()) if self.detector is not None else 0
-        note = _note(mask, usable, len(eeg))
-        return TrialData(rows, video, mask[usable], eeg[usable], len(got), missed, note)
-
-    def _crops(
-        self, trial: Rated, frames: npt.NDArray[np.uint8]
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        config = self.config
-        tracked = track_crops(frames, self.detector, size=config.img_size, margin=config.margin)
-        if tracked is None:
-            raise InputError(
-                f"no face in any of {len(frames)} frames of {trial.video}; expected at least one; "
-                f"remedy: a smaller min_face than {config.min_face}, or faces='none'"
-            )
-        return tracked
-
-    def _tell(self, what: str, trials: int) -> None:
-        self.finished += trials
-        if self.progress is not None:
-            left = self.total - self.before - self.finished
-            seconds = (time.monotonic() - self.began) / self.finished * left
-            done = self.before + self.finished
-            self.progress(f"prepare deap: {what}, {done}/{self.total} trials, {seconds:.0f} s left")
+    if not trials:
+        reasons = "; ".join(reason for _, _, reason in skipped[:2]) or "none is in the ratings"
+        raise InputError(f"no subject in {root} has both recording and videos: {reasons}")
+    return Study(
+        dataset="deap",
+        root=root,
+        trials=trials,
+        skipped=skipped,
+        label_names=names,
+        others=(table, *_boxes(root, config)),
+        synthetic=(root / MARKER).is_file(),
+        presented={who: sum(1 for s, _ in rows if s == who) for who, _ in rows},
+    )
 
 
-def window_frames(config: PrepareConfig, start: float) -> npt.NDArray[np.int64]:
-    """Numbers of the frames kept of the window that starts at ``start`` seconds of the stimulus."""
-    first = round((config.video_offset + start) * config.fps)
-    return first + config.frame_stride * np.arange(config.frames_per_window, dtype=np.int64)
-
-
-def _note(mask: npt.NDArray[np.bool_], usable: npt.NDArray[np.int64], eeg: int) -> str:
-    """What of a trial could not be used, in words; empty when all of it could."""
-    windows, used = len(mask), mask[usable]
-    notes = []
-    if len(usable) < windows:
-        notes.append(
-            f"{windows - len(usable)} of {windows} windows left out: the recordings cover {eeg} "
-            f"windows of EEG and {int(mask.any(axis=1).sum())} of video"
+def open_eeg(study: Study, path: Path, trials: Sequence[Trial], config: PrepareConfig) -> ReadTrial:
+    """Open a subject's recording. One trigger too few or too many is not guessed at."""
+    presented = study.presented[trials[0].subject]
+    if config.source == "dat":
+        return open_dat(path, trials, config)
+    recording = open_bdf(path, tuple(dict.fromkeys((*referenced(config),))))
+    starts = trial_starts(recording)
+    if len(starts) != presented:
+        raise InputError(
+            f"{path} holds {len(starts)} video starts (code 4); expected {presented}, the trials "
+            "that were presented by the ratings; remedy: check the recording"
         )
-    if not used.all():
-        notes.append(f"{int((~used).sum())} frames past the end of the video are masked")
-    return "; ".join(notes)
+    return lambda trial: eeg_trial(recording, int(starts[trial.trial - 1]), trial.seconds, config)
 
 
-def _row(trial: Rated, segment: int, start: float, faces: int) -> dict[str, Any]:
-    return {
-        "subject": trial.subject,
-        "trial": trial.trial,
-        "experiment_id": trial.experiment_id,
-        "segment": segment,
-        "start_s": start,
-        "valence": trial.valence,
-        "arousal": trial.arousal,
-        "dominance": trial.dominance,
-        "liking": trial.liking,
-        "faces_found": faces,
+def _check_layout(root: Path, index: Index, source: str) -> None:
+    wanted = {
+        f"recording sNN.{source}": rf"s\d\d\.{source}",
+        "face video sNN_trialMM.avi": r"s\d\d_trial\d\d\.avi",
     }
+    for what, pattern in wanted.items():
+        if not any(re.fullmatch(pattern, name) for name in index):
+            other = {"bdf": "dat", "dat": "bdf"}[source]
+            there = any(re.fullmatch(rf"s\d\d\.{other}", name) for name in index)
+            hint = f", or --source {other}" if there and "recording" in what else ""
+            raise InputError(
+                f"{root} has no {what}; expected DEAP's folders (data_original or "
+                "data_preprocessed_python, face_video, metadata_csv); remedy: give the folder that "
+                f"holds them{hint}"
+            )
+
+
+def _find_table(root: Path, index: Index) -> Path:
+    for suffix in TABLES:
+        if f"participant_ratings{suffix}" in index:
+            return _only(index, f"participant_ratings{suffix}", "table of ratings", root)
+    raise InputError(
+        f"{root} has no participant_ratings ({', '.join(TABLES)}); expected DEAP's ratings; "
+        "remedy: unpack metadata_csv.zip or metadata_xls.zip there"
+    )
+
+
+def _only(index: Index, name: str, what: str, root: Path) -> Path:
+    paths = index.get(name, ())
+    if not paths:
+        raise InputError(f"no {what} {name}")
+    if len(paths) > 1:
+        shown = " and ".join(str(path.relative_to(root)) for path in paths[:2])
+        raise InputError(f"more than one {what} {name}: {shown}; remedy: remove all but one")
+    return paths[0]
+
+
+def _boxes(root: Path, config: PrepareConfig) -> tuple[Path, ...]:
+    return (root / "boxes.csv",) if config.faces == "boxes" else ()
+
+
+def read_ratings(path: Path, labels: Sequence[str] = RATINGS) -> dict[Key, dict[str, str]]:
+    """Cells of participant_ratings by (participant, trial).
+
+    Raises ``InputError`` when the table is damaged, lacks a column, or speaks of a trial twice, or
+    when a participant saw a video twice.
+    """
+    _, rows = read_table(path, (*KEYS, *labels))
+    table: dict[Key, dict[str, str]] = {}
+    shown: set[Key] = set()
+    for line, row in enumerate(rows, start=2):
+        keys = [number(row[name]) for name in KEYS]
+        if not all(1 <= key <= 999 and key == int(key) for key in keys):
+            raise InputError(
+                f"{path} line {line}: {', '.join(KEYS)} must be whole numbers from 1 on; got "
+                f"{', '.join(repr(row[name]) for name in KEYS)}; remedy: mend the table"
+            )
+        subject, trial, video = (int(key) for key in keys)
+        for key, known, what in (
+            ((subject, trial), table, f"trial {trial}"),
+            ((subject, video), shown, f"experiment {video}"),
+        ):
+            if key in known:
+                raise InputError(
+                    f"{path} line {line}: participant {subject} {what} is there twice; expected "
+                    "one row a trial; remedy: mend the table"
+                )
+        table[subject, trial] = row
+        shown.add((subject, video))
+    return table

@@ -287,9 +287,12 @@ def _square_crop(image: Tensor, box: Boxes, size: int, margin: float) -> Tensor:
     return F.interpolate(part[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
+Crops = tuple[Frames, npt.NDArray[np.bool_]]
+
+
 def track_crops(
     frames: Frames, detector: FaceDetector | None, *, size: int, margin: float
-) -> tuple[Frames, npt.NDArray[np.bool_]] | None:
+) -> Crops | None:
     """Square face crops of one trial's frames (T, H, W, 3) uint8 RGB.
 
     Each frame's largest face is taken; a frame without one takes the box of the nearest frame that
@@ -298,21 +301,28 @@ def track_crops(
     when no frame has a face.
     """
     if detector is None:
-        height, width = frames.shape[1:3]
-        edge = min(height, width)
-        left, top = (width - edge) // 2, (height - edge) // 2
-        centre = np.array([left, top, left + edge, top + edge], np.float32)
-        boxes, found = np.tile(centre, (len(frames), 1)), np.zeros(len(frames), np.bool_)
-        margin = 0.0
-    else:
-        boxes, found = largest_faces(frames, detector)
-        if not found.any():
-            return None
+        boxes, found = centre_boxes(frames)
+        return crop_faces(frames, boxes, size=size, margin=0.0), found
+    boxes, found = largest_faces(frames, detector)
+    return (crop_faces(frames, boxes, size=size, margin=margin), found) if found.any() else None
+
+
+def centre_boxes(frames: Frames) -> tuple[Boxes, npt.NDArray[np.bool_]]:
+    """The largest centred square of each frame, none of which counts as found."""
+    height, width = frames.shape[1:3]
+    edge = min(height, width)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    centre = np.array([left, top, left + edge, top + edge], np.float32)
+    return np.tile(centre, (len(frames), 1)), np.zeros(len(frames), np.bool_)
+
+
+def crop_faces(frames: Frames, boxes: Boxes, *, size: int, margin: float) -> Frames:
+    """Squares (T, 3, size, size) about the boxes (T, 4), widened by ``margin`` of their edge."""
     with _one_thread():
         images = torch.from_numpy(frames).permute(0, 3, 1, 2)
         pairs = zip(images, boxes, strict=True)
         crops = [_square_crop(image, box, size, margin) for image, box in pairs]
-    return torch.stack(crops).numpy(), found
+    return torch.stack(crops).numpy()
 
 
 def largest_faces(frames: Frames, detector: FaceDetector) -> tuple[Boxes, npt.NDArray[np.bool_]]:

@@ -7,6 +7,7 @@ its first frame on, and frame n is the n-th that came out of the decoder.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,49 @@ def read_frames(path: Path | str, wanted: npt.ArrayLike) -> tuple[Frames, npt.ND
                 break
     frames = np.stack(kept) if kept else np.zeros((0, 0, 0, 3), np.uint8)
     return frames, numbers[: len(kept)]
+
+
+def read_frames_at(
+    path: Path | str, wanted: npt.ArrayLike, tolerance: float
+) -> tuple[Frames, npt.NDArray[np.bool_]]:
+    """Decode the frame nearest to each of these times by the video's own time stamps.
+
+    wanted: seconds (k,) after the first frame, ascending. tolerance: how far the nearest frame may
+    be. Frames without a time stamp, which some files end with, are left out.
+    Returns frames (m, H, W, 3) uint8 RGB and got (k,), False where no frame is near; m counts the
+    True. Raises ``InputError`` as ``read_frames`` does.
+    """
+    times = np.asarray(wanted, dtype=np.float64)
+    got = np.zeros(times.size, np.bool_)
+    kept: list[Frames] = []
+    for place, (frame, distance) in enumerate(_nearest(Path(path), times.tolist())):
+        got[place] = distance <= tolerance
+        if got[place]:
+            kept.append(frame.to_ndarray(format="rgb24"))
+    return np.stack(kept) if kept else np.zeros((0, 0, 0, 3), np.uint8), got
+
+
+def _nearest(path: Path, times: list[float]) -> Iterator[tuple[Any, float]]:
+    """The frame nearest to each of the ascending times, and its distance in seconds."""
+    waiting = deque(times)
+    before: list[tuple[Any, float]] = []  # the last frame with a time, if there is one yet
+    origin: float | None = None
+    for frame in _decode(path) if waiting else ():
+        if frame.time is None:
+            continue
+        origin = frame.time if origin is None else origin
+        now = (frame, frame.time - origin)
+        while waiting and now[1] >= waiting[0]:
+            wanted = waiting.popleft()
+            yield min(
+                ((each, abs(time - wanted)) for each, time in (*before, now)), key=lambda at: at[1]
+            )
+        before = [now]
+        if not waiting:
+            return
+    if before:
+        frame, time = before[0]
+        yield from ((frame, abs(time - wanted)) for wanted in waiting)
 
 
 def sample_frames(
@@ -117,3 +161,9 @@ def _decode(path: Path) -> Iterator[Any]:
                 f"video {path} holds no frame; expected at least one; "
                 "remedy: copy it again from its source"
             )
+
+
+def check_video(path: Path) -> None:
+    """Open a video and look for its stream; ``InputError`` when it cannot be opened or has none."""
+    with _open(path) as container:
+        _stream(container, path)

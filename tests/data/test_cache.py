@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pycdgkd.data import Cache
-from pycdgkd.data.cache import COLUMNS, read_samples, write_samples
+from pycdgkd.data.cache import read_samples, sample_columns, write_samples
 from pycdgkd.errors import InputError
+
+LABELS = ("valence", "arousal", "dominance", "liking")
 
 
 def copy(folder: Path, tmp_path: Path) -> Path:
@@ -26,7 +28,10 @@ def test_contents(cache: Cache) -> None:
     assert (cache.video.dtype, cache.eeg.dtype) == (np.uint8, np.float32)
     assert isinstance(cache.video, np.memmap)
     assert isinstance(cache.eeg, np.memmap)
-    assert tuple(cache.samples) == COLUMNS
+    assert tuple(cache.samples) == sample_columns(LABELS)
+    assert cache.labels == {name: [] for name in LABELS}
+    assert cache.spectra.shape == (2, 2, 65)
+    assert np.isfinite(cache.spectra).all()
     assert cache.samples["sample"].tolist() == list(range(16))
     assert cache.sfreq == 128.0
     assert cache.channels[:3] == ("Fp1", "AF3", "F3")
@@ -37,7 +42,7 @@ def test_contents(cache: Cache) -> None:
 
 def test_nothing_unfinished_is_left(cache_folder: Path) -> None:
     assert sorted(path.name for path in cache_folder.iterdir()) == [
-        "eeg.npy", "frame_mask.npy", "manifest.json", "samples.csv", "video.npy",
+        "eeg.npy", "frame_mask.npy", "manifest.json", "samples.csv", "spectra.npy", "video.npy",
     ]  # fmt: skip
 
 
@@ -52,8 +57,8 @@ def test_floats_of_the_table_read_back_exactly(tmp_path: Path) -> None:
         "start_s": 0.1 + 0.2, "valence": 1 / 3, "arousal": 9.0, "dominance": 5.01, "liking": 1.0,
         "faces_found": 5,
     }  # fmt: skip
-    write_samples(tmp_path / "samples.csv", [row])
-    read = read_samples(tmp_path / "samples.csv")
+    write_samples(tmp_path / "samples.csv", [row], LABELS)
+    read = read_samples(tmp_path / "samples.csv", LABELS)
     assert {name: column[0] for name, column in read.items()} == row
 
 
@@ -66,7 +71,9 @@ def test_not_a_cache(tmp_path: Path) -> None:
 
 def test_an_unfinished_cache_names_its_state_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"trials": [[1, 1], [1, 2], [1, 3]]}))
-    (tmp_path / "journal.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "parts" / "001").mkdir(parents=True)
+    (tmp_path / "journal.jsonl").write_text('{"subject": 1, "trial": 1}\n')
+    (tmp_path / "parts/001/journal.jsonl").write_text('{"subject": 1, "trial": 2}\n')
     with pytest.raises(
         InputError, match=r"unfinished \(2 of 3 trials done\); remedy: run the same"
     ):
@@ -85,7 +92,7 @@ def test_another_format(cache_folder: Path, tmp_path: Path) -> None:
     folder = copy(cache_folder, tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(InputError, match="has format 99; expected 1"):
+    with pytest.raises(InputError, match="has format 99; expected 2"):
         Cache.open(folder)
 
 

@@ -19,21 +19,27 @@ def test_deap_window_holds_five_frames_and_fifteen_windows() -> None:
     config = PrepareConfig()
     assert config.frames_per_window == 5
     assert config.n_times == 512
-    assert len(config.window_starts) == 15
-    assert config.window_starts[-1] == 56.0
+    assert len(config.window_starts(60.0)) == 15
+    assert config.window_starts(60.0)[-1] == 56.0
 
 
 def test_windows_may_overlap_and_a_rest_is_left_out() -> None:
     config = PrepareConfig(trial_seconds=9.0, window=4.0, stride=2.0)
-    assert config.window_starts == (0.0, 2.0, 4.0)
+    assert config.window_starts(8.0) == (0.0, 2.0, 4.0)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"source": "edf"}, "source must be one of bdf; got 'edf'"),
+        ({"source": "edf"}, "source must be one of bdf, dat; got 'edf'"),
         ({"channels": "28"}, "tsception28, all32"),
-        ({"faces": "haar"}, "mtcnn, none"),
+        ({"faces": "haar"}, "mtcnn, boxes, none"),
+        ({"channels": "Fz,,Cz"}, "separated by commas, each once; got 'Fz,,Cz'"),
+        ({"channels": "Fz,fz"}, "each once"),
+        ({"labels": "5"}, "labels must be columns"),
+        ({"subjects": "1,x"}, "subjects must be 'all' or numbers as in 1,2,7"),
+        ({"timing": "fps"}, "count, stamps"),
+        ({"baseline": "z"}, "none, mean"),
         ({"sfreq": 0.0}, "sfreq"),
         ({"low": 50.0}, "low must be below high"),
         ({"sfreq": 100.0}, "at least 112.5"),
@@ -80,8 +86,10 @@ def test_the_hash_sees_every_parameter() -> None:
         "sfreq": 256.0, "channels": "all32", "notch": 60.0, "low": 1.0, "high": 40.0, "window": 2.0,
         "stride": 2.0, "trial_seconds": 30.0, "fps": 25.0, "frame_stride": 20, "img_size": 48,
         "margin": 0.2, "faces": "none", "min_face": 40, "video_offset": 3.0,
+        "source": "dat", "subjects": "1", "labels": "liking", "baseline": "mean",
+        "baseline_seconds": 1.0, "timing": "stamps", "frames": 3,
     }  # fmt: skip
-    assert set(other) | {"source"} == set(config_to_dict(base))
+    assert set(other) == set(config_to_dict(base))
     values = [config_from_dict(PrepareConfig, {name: value}) for name, value in other.items()]
     hashes = {parameter_hash(config) for config in [base, *values]}
     assert len(hashes) == len(other) + 1

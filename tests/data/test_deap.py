@@ -9,9 +9,10 @@ import pytest
 
 from pycdgkd.data import Cache, PrepareConfig, prepare
 from pycdgkd.data.config import config_from_dict, config_to_dict
-from pycdgkd.data.deap import window_frames
-from pycdgkd.data.deap_files import read_ratings, scan
+from pycdgkd.data.deap import read_ratings, scan
 from pycdgkd.data.faces import FaceDetector, track_crops
+from pycdgkd.data.study import Trial
+from pycdgkd.data.subject import window_frames
 from pycdgkd.data.video import read_frames
 from pycdgkd.errors import InputError
 
@@ -64,8 +65,13 @@ def test_crops_come_from_the_frames_of_their_window(cache: Cache, study: Path) -
 
 
 def test_frame_numbers_of_a_window() -> None:
-    assert window_frames(PrepareConfig(), 4.0).tolist() == [200, 240, 280, 320, 360]
-    assert window_frames(PrepareConfig(video_offset=3.0), 0.0).tolist() == [150, 190, 230, 270, 310]
+    trial = Trial(1, 1, 1, {}, 60.0, Path("a.avi"), Path("a.bdf"))
+    assert window_frames(PrepareConfig(), trial, 4.0).tolist() == [200, 240, 280, 320, 360]
+    later = PrepareConfig(video_offset=3.0)
+    assert window_frames(later, trial, 0.0).tolist() == [150, 190, 230, 270, 310]
+    stamps = PrepareConfig.of("mahnob")
+    seconds = window_frames(stamps, trial, 4.0)
+    np.testing.assert_allclose(seconds, 4.0 + np.arange(6) * 40 / 61, atol=1e-6)
 
 
 def test_report_of_a_clean_study(study: Path, cache_folder: Path) -> None:
@@ -82,7 +88,7 @@ def test_progress_counts_trials(study: Path, tmp_path: Path) -> None:
     report = prepare(study, tmp_path / "cache", config, progress=lines.append)
     assert [line.split(",")[1].strip() for line in lines] == [f"{k}/8 trials" for k in range(1, 9)]
     assert lines[0].startswith("prepare deap: s01 trial 1, 1/8 trials, ")
-    assert lines[-1].endswith(", 0 s left")
+    assert ", 8/8 trials, 0 s left (s a trial: video " in lines[-1]
     assert (report.face_miss_rate, report.samples) == (0.0, 16)
     assert Cache.open(tmp_path / "cache").samples["faces_found"].tolist() == [0] * 16
 
@@ -113,7 +119,7 @@ def test_bad_recordings_are_named_and_do_not_stop_the_rest(
     reasons = [reason for _, _, reason in report.skipped]
     assert "cannot open video" in reasons[0]
     assert "s01_trial01.avi" in reasons[0]
-    assert reasons[1] == "no video face_video/s01/s01_trial02.avi"
+    assert reasons[1] == "no video s01_trial02.avi"
     assert reasons[2].startswith("1 of 2 windows left out: the recordings cover 2 windows of EEG")
     assert "s02.bdf is truncated" in reasons[3]
     assert any("s02 skipped" in line for line in lines)
@@ -198,29 +204,34 @@ def tree(root: Path, lines: list[str], videos: list[tuple[int, int]], bdfs: list
 
 def test_missing_parts_are_reported_not_fatal(tmp_path: Path) -> None:
     lines = [HEADER]
-    lines += [f"{s},{t},{3 - t},0,5,6,7,8,1" for s in (1, 2, 23) for t in (1, 2)]
+    lines += [f"{s},{t},{3 - t},0,5,6,7,8,1" for s in (1, 2, 5, 23) for t in (1, 2)]
     lines += ["4,1,1,0,0.5,5,5,5,1", "4,2,2,0,,5,5,5,1"]
-    root = tree(tmp_path, lines, [(1, 1), (1, 2), (2, 1), (4, 1), (4, 2)], [1, 4, 23])
-    files = scan(root)
+    root = tree(tmp_path, lines, [(1, 1), (1, 2), (2, 1), (4, 1), (4, 2)], [1, 4, 5, 23])
+    files = scan(root, PrepareConfig())
     assert [(t.subject, t.trial, t.experiment_id) for t in files.trials] == [(1, 1, 2), (1, 2, 1)]
-    assert files.trials[0].presented == 2
+    assert files.presented[1] == 2
     assert files.skipped == [
-        (2, None, "no recording data_original/s02.bdf"),
+        (2, None, "no recording s02.bdf"),
         (4, 1, "Valence is '0.5' in the ratings; expected 1 to 9"),
         (4, 2, "Valence is '' in the ratings; expected 1 to 9"),
-        (23, None, "no videos face_video/s23"),
+        (5, None, "no videos s05_trialMM.avi"),
     ]
+    asked = scan(root, PrepareConfig(subjects="all")).skipped
+    assert asked[-1] == (23, None, "no videos s23_trialMM.avi")
+    assert scan(root, PrepareConfig(subjects="1")).skipped == []
 
 
 def test_a_root_of_another_layout(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no folder data_original; expected DEAP's original"):
-        scan(tmp_path)
-    root = tree(tmp_path / "a", [HEADER, "1,1,1,0,5,5,5,5,1"], [], [])
+    with pytest.raises(InputError, match=r"has no recording sNN.bdf; expected DEAP's folders"):
+        scan(tmp_path, PrepareConfig())
+    root = tree(tmp_path / "a", [HEADER, "1,1,1,0,5,5,5,5,1"], [(2, 1)], [2])
     with pytest.raises(InputError, match=r"no subject in .* has both recording and videos"):
-        scan(root)
+        scan(root, PrepareConfig())
+    with pytest.raises(InputError, match=r"no recording sNN.dat; .* holds them, or --source bdf"):
+        scan(root, PrepareConfig(source="dat"))
     (root / "metadata_csv" / "participant_ratings.csv").unlink()
-    with pytest.raises(InputError, match=r"save the .xls or .ods file as CSV"):
-        scan(root)
+    with pytest.raises(InputError, match=r"no participant_ratings \(.csv, .xls, .xlsx, .ods\)"):
+        scan(root, PrepareConfig())
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -232,20 +243,24 @@ def test_ratings_saved_by_spreadsheets(tmp_path: Path, separator: str) -> None:
         HEADER.replace(",", separator) + "\r\n" + separator.join(cells) + "\r\n",
         encoding="utf-8-sig",
     )
-    [(subject, trial, shown, row)] = read_ratings(path)
-    assert (subject, trial, shown) == (1, 2, 7)
-    assert row["Valence"] == f"5{decimal}25"
+    [((subject, trial), row)] = read_ratings(path).items()
+    assert (subject, trial, row["experiment_id"]) == (1, 2, "7")
+    assert row["valence"] == f"5{decimal}25"
 
 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["Participant_id,Trial,Valence", "1,1,5"], "lacks the columns Experiment_id, Arousal"),
+        (["Participant_id,Trial,Valence", "1,1,5"], "lacks the columns experiment_id, arousal"),
         (
             [HEADER, "1,1,1,0,5,5,5,5,1", "1,1,2,0,5,5,5,5,1"],
             "line 3: participant 1 trial 1 is there",
         ),
-        ([HEADER, "1,x,1,0,5,5,5,5,1"], "line 2: Participant_id, Trial, Experiment_id must be"),
+        (
+            [HEADER, "1,1,1,0,5,5,5,5,1", "1,2,1,0,5,5,5,5,1"],
+            "line 3: participant 1 experiment 1 is there twice",
+        ),
+        ([HEADER, "1,x,1,0,5,5,5,5,1"], "line 2: participant_id, trial, experiment_id must be"),
         ([], "lacks the columns"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,11 @@ prepare(sys.argv[1], sys.argv[2], config, progress=progress)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".plan.json.")
+    }
 
 
 def kill_in_the_middle(study: Path, folder: Path) -> None:
@@ -48,10 +53,11 @@ def test_killed_torn_and_resumed(study: Path, cache_folder: Path, tmp_path: Path
     with pytest.raises(InputError, match=r"margin is 0.1 there, 0.3 asked for"):
         prepare(study, folder, other)
     # As if killed while writing: half a sample in one array, half a line in the journal.
+    part = folder / "parts" / "002"
     for name in ("video.npy.part", "eeg.npy.part"):
-        with (folder / name).open("ab") as file:
+        with (part / name).open("ab") as file:
             file.write(b"x" * 1000)
-    with (folder / "journal.jsonl").open("ab") as file:
+    with (part / "journal.jsonl").open("ab") as file:
         file.write(b'{"subject": 2, "tri')
     lines: list[str] = []
     report = prepare(study, folder, PREPARE, progress=lines.append)
@@ -60,7 +66,7 @@ def test_killed_torn_and_resumed(study: Path, cache_folder: Path, tmp_path: Path
     assert contents(folder) == contents(cache_folder)
 
 
-@pytest.mark.parametrize("left", [".plan.json.part", "plan.json", "video.npy.part"])
+@pytest.mark.parametrize("left", ["draft", "plan.json", "video.npy.part"])
 def test_killed_before_the_first_trial(
     study: Path, cache_folder: Path, tmp_path: Path, left: str
 ) -> None:
@@ -71,12 +77,13 @@ def test_killed_before_the_first_trial(
 
     with pytest.raises(KeyboardInterrupt):
         prepare(study, folder, PREPARE, progress=stop)
-    (folder / "journal.jsonl").unlink()
-    (folder / "eeg.npy.part").unlink()
+    part = folder / "parts" / "001"
+    (part / "journal.jsonl").unlink()
+    (part / "eeg.npy.part").unlink()
     if left != "video.npy.part":
-        (folder / "video.npy.part").unlink()
-    if left == ".plan.json.part":
-        (folder / "plan.json").rename(folder / ".plan.json.part")
+        shutil.rmtree(folder / "parts")
+    if left == "draft":
+        (folder / "plan.json").rename(folder / ".plan.json.77")
     assert prepare(study, folder, PREPARE).resumed_trials == 0
     assert contents(folder) == contents(cache_folder)
 
@@ -111,7 +118,7 @@ def test_arrays_shorter_than_the_journal_are_refused(study: Path, tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         prepare(study, folder, PREPARE, progress=stop)
-    part = folder / "eeg.npy.part"
+    part = folder / "parts" / "001" / "eeg.npy.part"
     part.write_bytes(part.read_bytes()[:-4])
     with pytest.raises(InputError, match=r"eeg.npy.part is shorter than its journal says"):
         prepare(study, folder, PREPARE)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pycdgkd.data import Cache, StudyConfig, sample_frames, video_fps, write_study
-from pycdgkd.data.eeg import read_recording
+from pycdgkd.data.eeg import open_bdf
 from pycdgkd.data.faces import FaceDetector, track_crops
 from pycdgkd.data.synthetic import plan_study
 from pycdgkd.data.synthetic_eeg import EEG_NAMES, PERIPHERALS
@@ -74,10 +74,10 @@ def test_recording_has_deaps_channels_and_triggers(study: Path) -> None:
     status = bdf.signals[-1].digital
     assert set(np.unique(status & ~0xFF).tolist()) == {0x19FF00, 0x18FF00}
     assert (status == 0x19FF00).mean() > 0.99
-    recording = read_recording(study / "data_original" / "s02.bdf")
-    assert recording.events[:, 1].tolist() == [1, 1, 2, *[3, 4, 5, 1] * 4, 2, 7]
-    starts = recording.events[recording.events[:, 1] == 4, 0]
-    ends = recording.events[recording.events[:, 1] == 5, 0]
+    events = open_bdf(study / "data_original" / "s02.bdf").events()
+    assert events[:, 1].tolist() == [1, 1, 2, *[3, 4, 5, 1] * 4, 2, 7]
+    starts = events[events[:, 1] == 4, 0]
+    ends = events[events[:, 1] == 5, 0]
     assert (ends - starts).tolist() == [8 * 512] * 4
     ratings = table(study / "metadata_csv" / "participant_ratings.csv")[4:]
     np.testing.assert_allclose([int(r["Start_time"]) for r in ratings], starts / 512e-6, atol=1)
