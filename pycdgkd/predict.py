@@ -76,16 +76,9 @@ class Prediction:
 
     clip: str
     label: str
-    num_classes: int
+    class_names: tuple[str, ...]
     detects_faces: bool
     windows: tuple[Window, ...]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """``low`` and ``high`` for two classes, else the class numbers."""
-        if self.num_classes == 2:
-            return ("low", "high")
-        return tuple(str(k) for k in range(self.num_classes))
 
     def summary(self) -> str:
         """One line: how long, how many windows, how many without a face, how they were judged."""
@@ -154,7 +147,7 @@ def predict_clip(
     return Prediction(
         clip=clip.name,
         label=str(meta["label"]),
-        num_classes=int(meta["num_classes"]),
+        class_names=tuple(str(name) for name in meta["classes"]),
         detects_faces=detector is not None,
         windows=tuple(windows),
     )

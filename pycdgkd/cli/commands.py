@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pycdgkd.data.kinds import is_folded
 from pycdgkd.errors import InputError
 
 from .progress import shown_progress
@@ -15,6 +16,7 @@ from .progress import shown_progress
 if TYPE_CHECKING:
     from pycdgkd.data.config import PrepareConfig
     from pycdgkd.report.results import Results
+    from pycdgkd.training.config import TrainConfig
 
 HOLDS = {
     "deap": "data_original/ (or data_preprocessed_python/), face_video/ and metadata_csv/",
@@ -113,8 +115,13 @@ def train(arguments: argparse.Namespace) -> int:
         for name in ("label", "seed", "device")
         if getattr(arguments, name) is not None
     ]
+    flags += _split_flags(arguments.split)
     config = load_config(config_file, [*flags, *arguments.overrides], arguments.preset)
     check_cache(arguments.cache)
+    if arguments.split is not None and is_folded(config.split.kind):
+        return _train_folds(arguments, config)
+    if arguments.folds is not None:
+        raise InputError("--folds needs a --split of several folds, as in --split loso")
     from pycdgkd.report import write_report
     from pycdgkd.report.results import load_results
     from pycdgkd.training.run import train as train_chain
@@ -130,6 +137,41 @@ def train(arguments: argparse.Namespace) -> int:
     show_results(load_results(arguments.out))
     print(f"report   {write_report(arguments.out)}")
     print(f"student  {arguments.out / 'student'}")
+    return 0
+
+
+def _split_flags(split: str | None) -> list[str]:
+    """Overrides for "--split subject-kfold:5"."""
+    if split is None:
+        return []
+    kind, _, folds = split.partition(":")
+    if folds and not kind.endswith("-kfold"):
+        raise InputError(f"--split {kind} takes no number of folds; got '{split}'")
+    return [f"split.kind={kind}", *([f"split.folds={folds}"] if folds else [])]
+
+
+def _train_folds(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    """One run a fold, and what they say together."""
+    from pycdgkd.report.folds import folds_table, write_folds_report
+    from pycdgkd.training.folds import train_folds
+
+    chosen = None
+    if arguments.folds is not None:
+        parts = arguments.folds.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise InputError(f"--folds must be numbers as in 1,3; got '{arguments.folds}'")
+        chosen = [int(part) for part in parts]
+    with shown_progress() as progress:
+        summary = train_folds(
+            arguments.cache,
+            arguments.out,
+            config,
+            folds=chosen,
+            resume=arguments.resume,
+            progress=progress,
+        )
+    print(folds_table(summary))
+    print(f"report   {write_folds_report(arguments.out, summary)}")
     return 0
 
 

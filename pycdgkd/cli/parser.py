@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pycdgkd import __version__
+from pycdgkd.data.kinds import KINDS
 from pycdgkd.errors import InputError
 
 from . import commands
@@ -155,7 +156,16 @@ def _add_train(parser: Parser) -> None:
     parser.add_argument("--out", metavar="RUN", type=Path, required=True, help="folder of the run")
     parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file with the keys below")
     parser.add_argument("--preset", metavar="NAME", help="size of the networks: paper or nano")
-    parser.add_argument("--label", metavar="NAME", help="valence, arousal, dominance or liking")
+    parser.add_argument("--label", metavar="NAME", help="a label column of the cache")
+    parser.add_argument(
+        "--split",
+        metavar="KIND",
+        help=f"{', '.join(KINDS)}; folds as in subject-kfold:5. Folds are trained into "
+        "RUN/fold_01, ... and summed up in RUN",
+    )
+    parser.add_argument(
+        "--folds", metavar="I,J", help="train these folds only and sum up all that are there"
+    )
     parser.add_argument("--seed", metavar="N", help="seed of everything that is drawn")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument(

@@ -65,8 +65,8 @@ class Results:
     version: str
     torch: str
     label: str
-    threshold: float
-    num_classes: int
+    thresholds: tuple[float, ...]
+    class_names: tuple[str, ...]
     seed: int
     preset: str
     split_hash: str
@@ -81,11 +81,16 @@ class Results:
     warnings: tuple[str, ...]
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """``low`` and ``high`` for two classes, else the class numbers."""
-        if self.num_classes == 2:
-            return ("low", "high")
-        return tuple(f"class {k}" for k in range(self.num_classes))
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def question(self) -> str:
+        """What was asked of a sample: ``valence above 5``, or the label alone."""
+        if self.class_names != ("low", "high"):
+            return self.label
+        return f"{self.label} above {self.thresholds[0]:g}"
 
     def find(self, name: str) -> NetworkResult | None:
         """The network of that name, if the run has one."""
@@ -153,8 +158,8 @@ def parse_results(data: Any) -> Results:
         version=str(data["pycdgkd"]),
         torch=str(data["torch"]),
         label=str(data["label"]),
-        threshold=float(data["threshold"]),
-        num_classes=int(data["num_classes"]),
+        thresholds=tuple(float(step) for step in data["thresholds"]),
+        class_names=tuple(str(name) for name in data["classes"]),
         seed=int(data["seed"]),
         preset=str(data["preset"]),
         split_hash=str(data["split_hash"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .results import Interval, NetworkResult, Results
 
 SYNTHETIC_NOTE = "synthetic data: shows that the machinery works, says nothing about DEAP"
@@ -17,15 +19,11 @@ def results_table(results: Results) -> str:
         (f"always '{majority}'", "-", *_accuracy(results.majority), "-", "-", "-", "-"),
         *(_row(network) for network in results.networks),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    lines = ["  ".join(_cells(row, widths)).rstrip() for row in rows]
+    lines = aligned(rows, left=2)
     test = results.counts["test"]
     classes = zip(results.class_names, test.classes, strict=True)
     shares = ", ".join(f"{count} {name}" for name, count in classes)
-    title = (
-        f"{results.label} above {results.threshold:g}: {test.samples} test samples "
-        f"of {test.trials} trials ({shares})"
-    )
+    title = f"{results.question}: {test.samples} test samples of {test.trials} trials ({shares})"
     return "\n".join(["", title, "", *lines, "", *_gain_line(results)])
 
 
@@ -53,7 +51,12 @@ def _accuracy(figure: Interval) -> tuple[str, str]:
     return f"{figure.value:.3f}", f"{figure.low:.3f} - {figure.high:.3f}"
 
 
-def _cells(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    """Words to the left, numbers to the right."""
-    cells = zip(row, widths, range(len(widths)), strict=True)
-    return [text.ljust(width) if i < 2 else text.rjust(width) for text, width, i in cells]
+def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Lines of a table: the first ``left`` columns flush left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, range(len(widths)), strict=True)
+        words = [text.ljust(width) if i < left else text.rjust(width) for text, width, i in cells]
+        lines.append("  ".join(words).rstrip())
+    return lines

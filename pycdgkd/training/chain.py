@@ -19,7 +19,7 @@ from .environment import Progress, derive_seed
 from .inference import Network, network_logits
 from .loop import Fit
 from .objective import CrossEntropy, Objective
-from .recordings import NUM_CLASSES, Recordings, eeg_statistics
+from .recordings import Recordings, eeg_statistics
 from .task import FitState, Task, check_identity, finished_state
 from .teacher import Rebalancing
 
@@ -69,7 +69,8 @@ class Chain:
             "role": role,
             "preset": config.preset,
             "level": self.level(role),
-            "num_classes": NUM_CLASSES,
+            "num_classes": self.data.num_classes,
+            "classes": list(self.data.classes),
             "n_chans": cache.eeg.shape[1],
             "n_times": cache.eeg.shape[2],
             "sfreq": cache.sfreq,
@@ -78,7 +79,7 @@ class Chain:
             "img_size": frames[3],
             "backbone": config.backbone,
             "label": config.label,
-            "threshold": config.threshold,
+            "thresholds": list(config.thresholds),
             "seed": config.seed,
             "split_hash": self.split.hash,
             "cache_hash": cache.hash,

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pycdgkd.data.kinds import KINDS
 from pycdgkd.errors import InputError
 
 Value: TypeAlias = int | float | str | tuple[float, ...]
 
 PRESETS = ("paper", "nano")
-LABELS = ("valence", "arousal", "dominance", "liking")
+TIES = ("low", "high", "drop")
 DIRECTIONS = ("reverse", "forward")
 STRATEGIES = ("subset", "all", "bernoulli_sum", "drop_one", "none")
 
@@ -130,8 +131,16 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Trial-level split: shares of train, validation and test trials, and the seed of the draw."""
+    """How train, validation and test are drawn, see ``pycdgkd.data.splits``.
 
+    fractions: shares of the three; of folds only validation's counts. kind: "trial" (the paper),
+    "stratified", "loso", "subject-kfold", ... folds: of the kinds that end in -kfold.
+    fold: which of them, from 1.
+    """
+
+    kind: str = "trial"
+    folds: int = 5
+    fold: int = 1
     fractions: tuple[float, ...] = (0.8, 0.1, 0.1)
     seed: int = 0
 
@@ -144,13 +153,18 @@ class SplitConfig:
                 + ", ".join(f"{share:g}" for share in shares)
             )
         _within("split.seed", self.seed, 0)
+        _choice("split.kind", self.kind, KINDS)
+        _within("split.folds", self.folds, 2)
+        _within("split.fold", self.fold, 1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One run: teacher, assistants, student and control for one label.
 
-    preset: networks (and schedule) "paper" or "nano". threshold: a rating above it is class 1.
+    preset: networks (and schedule) "paper" or "nano". label: a column of the cache. thresholds:
+    ascending; a rating above the first is class 1, above the second class 2, ... ties: what a
+    rating at a threshold counts as, "low" (the paper), "high" or "drop".
     backbone: "pvt" or "timm:NAME". encoder_weights: file of frame encoder weights, "" for none.
     threads: CPU threads, 0 for torch's choice. device: "auto", "cpu", "cuda" or "cuda:N".
     """
@@ -158,7 +172,8 @@ class TrainConfig:
     preset: str = "paper"
     seed: int = 0
     label: str = "valence"
-    threshold: float = 5.0
+    thresholds: tuple[float, ...] = (5.0,)
+    ties: str = "low"
     assistants: int = 2
     backbone: str = "pvt"
     encoder_weights: str = ""
@@ -172,9 +187,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise ``InputError`` for any value that cannot be meant."""
         _choice("preset", self.preset, PRESETS)
-        _choice("label", self.label, LABELS)
+        if not self.label:
+            raise InputError("label must name a column of the cache; got ''")
+        _choice("ties", self.ties, TIES)
         _within("seed", self.seed, 0)
-        _within("threshold", self.threshold, 1.0, 9.0)
+        steps = self.thresholds
+        if not steps or list(steps) != sorted(set(steps)) or not all(map(math.isfinite, steps)):
+            raise InputError(
+                "thresholds must be finite numbers in ascending order; got "
+                + ", ".join(f"{step:g}" for step in steps)
+            )
         _within("assistants", self.assistants, 0, 16)
         _within("threads", self.threads, 0, 1024)
         if self.backbone != "pvt" and not re.fullmatch(r"timm:\S+", self.backbone):

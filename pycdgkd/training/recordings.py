@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from pycdgkd.data.cache import Cache
 from pycdgkd.data.splits import Split, trial_keys
 from pycdgkd.errors import InputError
 
-NUM_CLASSES = 2
+from .config import TrainConfig
 
 Indices = npt.NDArray[np.int64]
 
@@ -35,23 +37,50 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Recordings:
-    """A cache with one label for each sample. labels: (n,) int64, 1 where rating > threshold."""
+    """A cache with one class for each sample.
+
+    labels: (n,) int64, -1 for a sample that takes no part. classes: their names, low first.
+    """
 
     cache: Cache
     labels: Indices
+    classes: tuple[str, ...]
     device: torch.device
 
     @classmethod
-    def open(cls, cache: Cache, label: str, threshold: float, device: torch.device) -> Recordings:
-        """Label the samples of a cache; a rating that is no number raises ``InputError``."""
-        ratings = cache.samples[label]
-        if not np.isfinite(ratings).all():
-            sample = int(np.flatnonzero(~np.isfinite(ratings))[0])
+    def open(cls, cache: Cache, config: TrainConfig, device: torch.device) -> Recordings:
+        """Class the samples of a cache by its classes, or by the thresholds of a rating.
+
+        Raises ``InputError`` for a column that the cache does not have, or a rating that is no
+        number.
+        """
+        if config.label not in cache.labels:
+            near = difflib.get_close_matches(config.label, cache.labels, n=1, cutoff=0.0)
             raise InputError(
-                f"sample {sample} of cache {cache.path} has no {label} rating; expected a number; "
-                "remedy: prepare the cache again, or choose another label"
+                f"cache {cache.path} has no label '{config.label}'; nearest of its labels "
+                f"{', '.join(cache.labels)}: '{near[0] if near else ''}'"
             )
-        return cls(cache, (ratings > threshold).astype(np.int64), device)
+        values, names = cache.samples[config.label], cache.labels[config.label]
+        if not np.isfinite(values).all():
+            sample = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise InputError(
+                f"sample {sample} of cache {cache.path} has no {config.label} rating; expected a "
+                "number; remedy: prepare the cache again, or choose another label"
+            )
+        if names:
+            labels = values.astype(np.int64)
+            if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(names):
+                raise InputError(
+                    f"cache {cache.path} has a class of {config.label} that is none of "
+                    f"{', '.join(names)}; remedy: prepare the cache again"
+                )
+            return cls(cache, labels, tuple(names), device)
+        return cls(cache, _by_threshold(values, config), _class_names(config.thresholds), device)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.classes)
 
     def batch(self, indices: Indices) -> Batch:
         """The samples of these cache indices, in this order."""
@@ -73,9 +102,9 @@ class Recordings:
             place = slice(start, min(start + size, len(indices)))
             yield place, self.batch(indices[place])
 
-    def classes(self, indices: Indices) -> list[int]:
+    def class_sizes(self, indices: Indices) -> list[int]:
         """Samples of each class."""
-        return [int(n) for n in np.bincount(self.labels[indices], minlength=NUM_CLASSES)]
+        return [int(n) for n in np.bincount(self.labels[indices], minlength=self.num_classes)]
 
     def counts(self, split: Split) -> dict[str, dict[str, Any]]:
         """Samples, trials and class sizes of each part of a split."""
@@ -83,7 +112,7 @@ class Recordings:
             part: {
                 "samples": len(indices),
                 "trials": len(set(trial_keys(self.cache.samples, indices))),
-                "classes": self.classes(indices),
+                "classes": self.class_sizes(indices),
             }
             for part, indices in parts(split).items()
         }
@@ -94,15 +123,35 @@ def parts(split: Split) -> dict[str, Indices]:
     return {"train": split.train, "val": split.val, "test": split.test}
 
 
-def require_all_classes(counts: dict[str, dict[str, Any]], label: str, threshold: float) -> None:
-    """Raise ``InputError`` when a class does not occur in the train split."""
-    for index, size in enumerate(counts["train"]["classes"]):
+def _by_threshold(values: npt.NDArray[np.float64], config: TrainConfig) -> Indices:
+    """Number of thresholds that a rating exceeds; at one it is the ties' side, or -1 to drop it."""
+    side: Literal["left", "right"] = "right" if config.ties == "high" else "left"
+    labels = np.searchsorted(np.array(config.thresholds), values, side=side).astype(np.int64)
+    if config.ties == "drop":
+        labels[np.isin(values, config.thresholds)] = -1
+    return labels
+
+
+def _class_names(thresholds: Sequence[float]) -> tuple[str, ...]:
+    if len(thresholds) == 1:
+        return ("low", "high")
+    middle = (f"{low:g} to {high:g}" for low, high in itertools.pairwise(thresholds))
+    return (f"up to {thresholds[0]:g}", *middle, f"above {thresholds[-1]:g}")
+
+
+def require_all_classes(counts: dict[str, dict[str, Any]], data: Recordings, label: str) -> None:
+    """Raise ``InputError`` when a class does not occur in the train split, or there is but one."""
+    if data.num_classes < 2:
+        raise InputError(
+            f"{label} has the single class {', '.join(data.classes)}; expected at least two; "
+            "remedy: another label"
+        )
+    for name, size in zip(data.classes, counts["train"]["classes"], strict=True):
         if size == 0:
-            side = "above" if index else "at or below"
             raise InputError(
-                f"class {index} is missing from the train split: none of its "
-                f"{counts['train']['samples']} samples has {label} {side} {threshold:g}; "
-                "remedy: another threshold or label, or more recordings"
+                f"class '{name}' of {label} is missing from the train split of "
+                f"{counts['train']['samples']} samples; remedy: other thresholds, another label or "
+                "split, or more recordings"
             )
 
 

@@ -20,7 +20,6 @@ from . import metrics
 from .chain import Chain
 from .checkpoint import load_network
 from .inference import network_logits, probabilities
-from .recordings import NUM_CLASSES
 from .task import FitState, check_identity
 
 RESULTS = "results.json"
@@ -119,8 +118,9 @@ def _header(chain: Chain) -> dict[str, Any]:
         "device": str(chain.data.device),
         "threads": torch.get_num_threads(),
         "label": config.label,
-        "threshold": config.threshold,
-        "num_classes": NUM_CLASSES,
+        "thresholds": list(config.thresholds),
+        "classes": list(chain.data.classes),
+        "split": {"kind": chain.split.kind, "fold": chain.split.fold},
         "seed": config.seed,
         "preset": config.preset,
         "split_hash": chain.split.hash,
@@ -146,12 +146,14 @@ def _entry(chain: Chain, role: str, state: FitState, tested: Tested) -> dict[str
 def _trial_confusions(chain: Chain, predicted: metrics.Counts) -> metrics.Counts:
     test = chain.split.test
     trials = trial_keys(chain.data.cache.samples, test)
-    return metrics.trial_confusions(chain.data.labels[test], predicted, trials, NUM_CLASSES)
+    return metrics.trial_confusions(
+        chain.data.labels[test], predicted, trials, chain.data.num_classes
+    )
 
 
 def _majority(chain: Chain) -> dict[str, Any]:
     """Accuracy on the test split of always answering the train split's larger class."""
-    classes = chain.data.classes(chain.split.train)
+    classes = chain.data.class_sizes(chain.split.train)
     choice = int(np.argmax(classes))
     predicted = np.full(len(chain.split.test), choice, dtype=np.int64)
     figures = metrics.score(_trial_confusions(chain, predicted), chain.config.seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pycdgkd.data.cache import Cache
-from pycdgkd.data.splits import Split, trial_split
+from pycdgkd.data.splits import Split, draw_split
 from pycdgkd.errors import InputError
 from pycdgkd.files import write_atomically, write_text
 
@@ -38,13 +38,12 @@ def train(
     out = Path(out)
     say = progress or _silent
     device = resolve_device(config.device)
-    data = Recordings.open(Cache.open(cache), config.label, config.threshold, device)
-    samples = data.cache.samples
-    split = trial_split(samples, seed=config.split.seed, fractions=config.split.fractions)
-    split.check(samples)
+    data = Recordings.open(Cache.open(cache), config, device)
+    split = split_of(data, config)
+    split.check(data.cache.samples)
     chain = Chain(config, out, data, split, progress)
     counts = data.counts(split)
-    require_all_classes(counts, config.label, config.threshold)
+    require_all_classes(counts, data, config.label)
     _claim_folder(out, config, split, resume)
     finished = read_results(out)
     if finished is not None:
@@ -52,9 +51,10 @@ def train(
         say(f"{out} is already finished; remedy for another run: another folder")
         return finished
     for part, count in counts.items():
+        sizes = zip(data.classes, count["classes"], strict=True)
         say(
             f"{part}: {count['samples']} samples of {count['trials']} trials, "
-            f"{config.label} low {count['classes'][0]} high {count['classes'][1]}"
+            f"{config.label} {' '.join(f'{name} {size}' for name, size in sizes)}"
         )
     if loss_device(device) != device:
         say(f"networks on {device}, losses on the CPU: this build has no kernels for {device.type}")
@@ -66,6 +66,20 @@ def train(
         raise
     write_results(out, results)
     return results
+
+
+def split_of(data: Recordings, config: TrainConfig) -> Split:
+    """The split that a configuration asks for."""
+    split = config.split
+    return draw_split(
+        data.cache.samples,
+        kind=split.kind,
+        seed=split.seed,
+        fractions=split.fractions,
+        folds=split.folds,
+        fold=split.fold,
+        labels=data.labels,
+    )
 
 
 def evaluate(run: Path, *, cache: Path | None = None) -> dict[str, Any]:
@@ -89,7 +103,7 @@ def evaluate(run: Path, *, cache: Path | None = None) -> dict[str, Any]:
     split = Split.load(run / SPLIT)
     _check_results(run, stored, split, opened)
     split.check(opened.samples)
-    data = Recordings.open(opened, config.label, config.threshold, device)
+    data = Recordings.open(opened, config, device)
     with reproducible(config, device):
         return recompute(Chain(config, run, data, split), stored)
 

@@ -15,7 +15,7 @@ from pycdgkd.models.networks import MultimodalNet, MultimodalOutput
 from .config import TeacherConfig
 from .environment import loss_device
 from .inference import Network, Output, evaluating, forward
-from .recordings import NUM_CLASSES, Batch, Indices, Recordings
+from .recordings import Batch, Indices, Recordings
 
 MODALITIES = ("video", "eeg")
 
@@ -50,7 +50,7 @@ class Rebalancing:
         self.config, self.data, self.train, self.size = config, data, train, size
         self.place = loss_device(data.device)
         self.banks = torch.nn.ModuleList(
-            PrototypeBank(NUM_CLASSES, width, momentum=config.momentum) for width in widths
+            PrototypeBank(data.num_classes, width, momentum=config.momentum) for width in widths
         ).to(self.place)
 
     def begin_epoch(self, net: Network) -> None:

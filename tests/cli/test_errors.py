@@ -9,8 +9,9 @@ import errno
 import pytest
 
 from pycdgkd.cli import commands, main
+from pycdgkd.cli.commands import prepare_config
 from pycdgkd.cli.parser import PREPARE_HELP, build_parser, parse_arguments
-from pycdgkd.data.config import PrepareConfig
+from pycdgkd.data.config import DATASETS, PrepareConfig
 from pycdgkd.errors import InputError
 
 
@@ -28,7 +29,7 @@ def fails_with(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "no command given; one of demo, prepare, train"),
+        ([], "no command given; one of demo, prepare, check-data, train"),
         (["trian", "x"], "unknown command 'trian'; did you mean 'train'?"),
         (["zzz"], "unknown command 'zzz' (see pycdgkd --help)"),
         (["--verson"], "did you mean '--version'?"),
@@ -40,7 +41,11 @@ def fails_with(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["demo", "--seed", "one"], "invalid int value: 'one'"),
         (["demo", "--size", "tiny"], "'full', 'small'"),
         (["demo", "--seed", "-1"], "seed must be"),
-        (["prepare", "mahnob", "a", "b"], "unknown layout 'mahnob'; expected one of deap"),
+        (["prepare", "seed", "a", "b"], "unknown layout 'seed'; expected one of deap, mahnob"),
+        (["prepare", "deap", ".", "b", "--shard", "3/2"], "--shard must be i/n"),
+        (["check-data", "folder", "/none"], "expected the folder that holds trials.csv"),
+        (["train", "c", "--out", "r", "--split", "losso"], "split.kind must be one of"),
+        (["train", "c", "--out", "r", "--split", "loso:3"], "takes no number of folds"),
         (["prepare", "deap", ".", "b", "--min-face", "2"], "min_face must be"),
         (["train", "c", "--out", "r", "--set", "optim.lr"], "key=value"),
         (["report", "."], "holds no results.json"),
@@ -61,13 +66,15 @@ def test_every_prepare_parameter_is_an_option_with_its_default():
     _, parsers = build_parser()
     fields = dataclasses.fields(PrepareConfig)
     assert set(PREPARE_HELP) == {field.name for field in fields}
-    arguments = parse_arguments(["prepare", "deap", "a", "b"])
-    chosen = {field.name: getattr(arguments, field.name) for field in fields}
-    assert PrepareConfig(**chosen) == PrepareConfig()
+    for dataset in DATASETS:
+        arguments = parse_arguments(["prepare", dataset, ".", "b"])
+        assert prepare_config(arguments) == PrepareConfig.of(dataset)
+    arguments = parse_arguments(["prepare", "mahnob", ".", "b", "--frames", "5"])
+    assert prepare_config(arguments) == PrepareConfig.of("mahnob", frames=5)
     text = " ".join(parsers["prepare"].format_help().split())
     for field in fields:
         assert f"--{field.name.replace('_', '-')} " in text
-        assert f"(default: {field.default})" in text
+        assert f"(default: {field.default!r}" in text
 
 
 def test_train_help_names_every_configuration_key():

@@ -36,6 +36,7 @@ META: dict[str, Any] = {
     "preset": "nano",
     "level": None,
     "num_classes": 2,
+    "classes": ["low", "high"],
     "n_chans": 28,
     "n_times": 512,
     "sfreq": 128.0,
@@ -238,7 +239,7 @@ WINDOWS = (
 
 
 def test_the_table_leaves_gaps_empty(tmp_path: Path):
-    write_table(Prediction("a.avi", "valence", 2, True, WINDOWS), tmp_path / "t.csv")
+    write_table(Prediction("a.avi", "valence", ("low", "high"), True, WINDOWS), tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text().splitlines() == [
         "start_s,end_s,probability_low,probability_high,predicted,faces_found",
         "0.000,4.000,0.100000,0.900000,high,5",
@@ -248,10 +249,12 @@ def test_the_table_leaves_gaps_empty(tmp_path: Path):
 
 
 def test_the_table_of_centre_crops_counts_no_faces(tmp_path: Path):
-    prediction = Prediction("a.avi", "valence", 3, False, (Window(0.0, 4.0, (0.2, 0.5, 0.3), 0),))
+    prediction = Prediction(
+        "a.avi", "mood", ("a", "b", "c"), False, (Window(0.0, 4.0, (0.2, 0.5, 0.3), 0),)
+    )
     write_table(prediction, tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text().splitlines()[1] == (
-        "0.000,4.000,0.200000,0.500000,0.300000,1,"
+        "0.000,4.000,0.200000,0.500000,0.300000,b,"
     )
 
 
@@ -263,7 +266,7 @@ def colour_share(picture: Path, rgb: tuple[int, int, int], left: float, right: f
 
 def test_the_picture_shows_high_low_and_gaps(tmp_path: Path):
     path = tmp_path / "t.png"
-    write_picture(Prediction("$a_{.avi", "valence", 2, True, WINDOWS), path)
+    write_picture(Prediction("$a_{.avi", "valence", ("low", "high"), True, WINDOWS), path)
     blue, vermilion, hatch = (0, 114, 178), (213, 94, 0), (196, 202, 209)
     assert colour_share(path, vermilion, 0.08, 0.40) > 0.002
     assert colour_share(path, blue, 0.85, 0.98) > 0.002

@@ -63,7 +63,7 @@ def configuration_errors(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "unknown key": ([*train, "--config", str(unknown)], "'optim.epochs'"),
         "no such file": ([*train, "--config", str(tmp_path / "none.toml")], "none.toml"),
         "bad value": ([*train, "--set", "distill.kd_weight=2"], "distill.kd_weight"),
-        "bad label": ([*train, "--label", "joy"], "arousal"),
+        "bad ties": ([*train, "--set", "ties=joy"], "drop"),
         "bad preset": ([*train, "--preset", "huge"], "nano"),
         "no such case": (["bench", "--case", "x"], "no case matches 'x'"),
         "bad threads": (["bench", "--threads", "0"], "expected numbers from 1"),

@@ -97,7 +97,7 @@ def test_wrong_fractions(fractions: tuple[float, ...]) -> None:
 def test_too_few_trials() -> None:
     with pytest.raises(InputError, match="at least 3 trials; the cache has 2"):
         trial_split(table(1, 2, 2), seed=0)
-    with pytest.raises(InputError, match="no training trial"):
+    with pytest.raises(InputError, match="no training trials of 4"):
         trial_split(table(1, 4, 2), seed=0, fractions=(0.02, 0.49, 0.49))
 
 

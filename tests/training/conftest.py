@@ -21,6 +21,9 @@ from pycdgkd.training.run import train
 SUBJECTS, TRIALS, SEGMENTS = 6, 10, 2
 FRAMES, SIZE, CHANNELS, SFREQ, WINDOW = 2, 24, 28, 64, 2.0
 
+RATINGS = ("valence", "arousal", "dominance", "liking")
+LABELS: dict[str, list[str]] = {name: [] for name in RATINGS} | {"mood": ["calm", "glad", "sad"]}
+
 Run: TypeAlias = tuple[Path, dict[str, Any]]
 
 
@@ -56,10 +59,11 @@ def write_cache(folder: Path, *, seed: int = 0, strength: float = 1.0) -> Path:
         "arousal": np.full(n, 5.0),
         "dominance": np.full(n, 6.0),
         "liking": 5.0 - 2.0 * side,
+        "mood": trial % 3,
         "faces_found": mask.sum(1),
     }
     rows = [{name: column[i].item() for name, column in columns.items()} for i in range(n)]
-    write_samples(folder / "samples.csv", rows)
+    write_samples(folder / "samples.csv", rows, tuple(LABELS))
     _write_manifest(folder, n, f"toy {seed} {strength}")
     return folder
 
@@ -73,6 +77,13 @@ def _write_manifest(folder: Path, n: int, inputs: str) -> None:
         "samples": n,
         "parameters": config_to_dict(config),
         "channels": [f"C{index}" for index in range(CHANNELS)],
+        "labels": LABELS,
+        "dataset": "folder",
+        "skipped": [],
+        "subjects": {},
+        "stimuli": {},
+        "face_miss_rate": 0.1,
+        "face_miss_rates": {},
         "synthetic": True,
         "hash": cache_hash(parameter_hash(config), hashlib.sha256(inputs.encode()).hexdigest()),
     }

@@ -39,7 +39,7 @@ def test_header_describes_the_network_and_its_video(finished: Run, cache: Path) 
         "frames": 2,
         "backbone": "pvt",
         "label": "valence",
-        "threshold": 5.0,
+        "thresholds": [5.0],
         "split_hash": split.hash,
         "cache_hash": opened.hash,
         "faces": "mtcnn",

@@ -35,9 +35,9 @@ def test_defaults_are_those_of_the_paper() -> None:
     distill = config.distill
     assert (distill.kd_weight, distill.temperature, distill.direction) == (0.5, 2.0, "reverse")
     assert (distill.strategy, distill.drop_prob, distill.temperature_power) == ("subset", 0.5, 0)
-    assert (config.assistants, config.threshold, config.split.fractions) == (
+    assert (config.assistants, config.thresholds, config.split.fractions) == (
         2,
-        5.0,
+        (5.0,),
         (0.8, 0.1, 0.1),
     )
     assert config.roles == ("teacher", "assistant_1", "assistant_2", "student", "control")
@@ -103,8 +103,12 @@ def test_override_beats_file_and_file_beats_preset(tmp_path: Path) -> None:
         ("split.fractions=0.9,0.1,x", "split.fractions must be a list of numbers"),
         ("split.seed=-1", "split.seed"),
         ("preset=huge", "preset must be one of paper, nano; got 'huge'"),
-        ("label=joy", "label must be one of valence"),
-        ("threshold=0", "threshold must be a finite number from 1 to 9"),
+        ("label=", "label must name a column of the cache"),
+        ("ties=middle", "ties must be one of low, high, drop"),
+        ("split.kind=random", "split.kind must be one of trial, stratified"),
+        ("split.fold=0", "split.fold"),
+        ("thresholds=6,5", "thresholds must be finite numbers in ascending order; got 6, 5"),
+        ("threshold=5", "nearest known: 'thresholds'"),
         ("assistants=-1", "assistants"),
         ("threads=-1", "threads"),
         ("backbone=resnet", "backbone must be 'pvt' or 'timm:NAME'"),

@@ -26,7 +26,7 @@ Run: TypeAlias = tuple[Path, dict[str, Any]]
 
 
 def chain_of(run: Run, cache: Path, config: TrainConfig) -> Chain:
-    data = Recordings.open(Cache.open(cache), config.label, config.threshold, torch.device("cpu"))
+    data = Recordings.open(Cache.open(cache), config, torch.device("cpu"))
     return Chain(config, run[0], data, Split.load(run[0] / "split.json"))
 
 
@@ -166,7 +166,7 @@ def test_distillation_changes_the_student(finished: Run, chain: Chain) -> None:
 def test_dense_guidance_and_simplified_networks(cache: Path, quick: TrainConfig) -> None:
     config = replace(quick, assistants=2)
     opened = Cache.open(cache)
-    data = Recordings.open(opened, "valence", 5.0, torch.device("cpu"))
+    data = Recordings.open(opened, TrainConfig(), torch.device("cpu"))
     dense = Chain(config, cache, data, trial_split(opened.samples, seed=0))
     assert [dense.sources(role) for role in config.roles] == [
         (),

@@ -15,7 +15,7 @@ from pycdgkd.data.splits import trial_split
 from pycdgkd.errors import InputError
 from pycdgkd.models.networks import VisualNet, build_visual
 from pycdgkd.training import loop
-from pycdgkd.training.config import OptimConfig
+from pycdgkd.training.config import OptimConfig, TrainConfig
 from pycdgkd.training.inference import accuracy_and_loss, network_logits
 from pycdgkd.training.loop import Fit
 from pycdgkd.training.objective import CrossEntropy
@@ -30,7 +30,7 @@ def task(cache: Path, tmp_path: Path) -> Task:
         role="control",
         title="control",
         folder=tmp_path / "control",
-        data=Recordings.open(opened, "valence", 5.0, torch.device("cpu")),
+        data=Recordings.open(opened, TrainConfig(), torch.device("cpu")),
         split=trial_split(opened.samples, seed=0, fractions=(0.6, 0.2, 0.2)),
         optim=OptimConfig(epochs=2, batch_size=24, lr=1e-3, patience=2),
         seed=0,

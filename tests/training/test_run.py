@@ -48,8 +48,9 @@ def test_results_have_the_documented_content(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": 1,
         "label": "valence",
-        "threshold": 5.0,
-        "num_classes": 2,
+        "thresholds": [5.0],
+        "classes": ["low", "high"],
+        "split": {"kind": "trial", "fold": 1},
         "seed": 0,
         "preset": "nano",
         "split_hash": split.hash,
@@ -253,26 +254,36 @@ def test_resume_refuses_another_split(copy: Path, cache: Path, quick: TrainConfi
 def test_one_class_in_the_train_split_is_an_error(
     cache: Path, quick: TrainConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"class 1 .* none of its 72 .* arousal above 5"):
+    with pytest.raises(
+        InputError, match=r"class 'high' of arousal is missing from the train split of 72"
+    ):
         train(cache, tmp_path / "run", replace(quick, label="arousal"))
-    with pytest.raises(InputError, match=r"class 0 is missing .* dominance at or below 5"):
+    with pytest.raises(InputError, match=r"class 'low' of dominance is missing"):
         train(cache, tmp_path / "run", replace(quick, label="dominance"))
     assert not (tmp_path / "run").exists()
 
 
 def test_rating_at_the_threshold_is_low(cache: Path) -> None:
     opened = Cache.open(cache)
-    data = Recordings.open(opened, "valence", 7.0, torch.device("cpu"))
+    data = Recordings.open(opened, TrainConfig(thresholds=(7.0,)), torch.device("cpu"))
     assert data.labels.sum() == 0
-    below = Recordings.open(opened, "valence", np.nextafter(7.0, 0.0), torch.device("cpu"))
-    assert below.labels.sum() == len(opened) // 2
+    for config, expected in (
+        (TrainConfig(thresholds=(np.nextafter(7.0, 0.0),)), [0, 1]),
+        (TrainConfig(thresholds=(7.0,), ties="high"), [0, 1]),
+        (TrainConfig(thresholds=(7.0,), ties="drop"), [-1, 0]),
+        (TrainConfig(thresholds=(2.0, 6.0, 8.0)), [1, 2]),
+    ):
+        data = Recordings.open(opened, config, torch.device("cpu"))
+        assert np.unique(data.labels).tolist() == expected
+        assert (data.labels == expected[1]).sum() == len(opened) // 2
+    assert data.classes == ("up to 2", "2 to 6", "6 to 8", "above 8")
 
 
 def test_missing_rating_is_named(cache: Path) -> None:
     opened = Cache.open(cache)
     opened.samples["liking"][13] = np.nan
     with pytest.raises(InputError, match=r"sample 13 .* has no liking rating"):
-        Recordings.open(opened, "liking", 5.0, torch.device("cpu"))
+        Recordings.open(opened, TrainConfig(label="liking"), torch.device("cpu"))
 
 
 def test_unknown_device_is_named(cache: Path, quick: TrainConfig, tmp_path: Path) -> None:

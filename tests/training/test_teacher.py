@@ -26,7 +26,7 @@ Run: TypeAlias = tuple[Path, dict[str, Any]]
 @pytest.fixture
 def chain(cache: Path, quick: TrainConfig, tmp_path: Path) -> Chain:
     opened = Cache.open(cache)
-    data = Recordings.open(opened, "valence", 5.0, torch.device("cpu"))
+    data = Recordings.open(opened, TrainConfig(), torch.device("cpu"))
     split = trial_split(opened.samples, seed=0, fractions=quick.split.fractions)
     return Chain(quick, tmp_path, data, split)
 
@@ -53,7 +53,7 @@ def test_prototypes_are_class_means_of_the_train_split_in_evaluation_mode(chain:
     for bank, z in zip(objective._banks(), features, strict=True):
         expected, counts = reference.class_prototypes(z.double(), labels, 2)
         assert torch.allclose(bank.prototypes.double(), expected, atol=1e-5)
-        assert bank.counts.tolist() == counts.tolist() == chain.data.classes(chain.split.train)
+        assert bank.counts.tolist() == counts.tolist() == chain.data.class_sizes(chain.split.train)
     assert net.training
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), f"{name}: the pass must leave the network alone"
