@@ -281,7 +281,7 @@ def _strata(
     if labels is None:
         raise InputError("a stratified split needs the classes of the samples")
     pairs = zip(keys, labels.tolist(), strict=True)
-    return {key: (key[0], c) if kind == "stratified-subject" else (c,) for key, c in pairs}
+    return {key: (c, key[0]) if kind == "stratified-subject" else (c,) for key, c in pairs}
 
 
 def _stratified(
@@ -290,19 +290,22 @@ def _stratified(
     shares: Sequence[float],
     rng: np.random.Generator,
 ) -> Parts:
-    """Part of each trial: trials shuffled within their strata, then dealt out evenly spaced."""
+    """Part of each trial: trials shuffled within their strata, then test and val dealt out of the
+    row of all strata in even steps, so that each gets its share of every stratum.
+    """
     count = len(trials)
-    n_val, n_test = (max(1, round(share * count)) for share in shares[1:])
-    held = n_val + n_test
-    if held >= count:
-        raise InputError(f"a stratified split needs more than {held} trials; the cache has {count}")
-    order = [trials[i] for i in rng.permutation(count).tolist()]
-    order.sort(key=lambda key: stratum[key])  # stable: still shuffled within a stratum
-    offset = rng.random()
-    part_of = dict.fromkeys(order, 0)
-    for k in range(held):
-        validates = (k + 1) * n_val // held > k * n_val // held
-        part_of[order[int((k + offset) * count / held)]] = 1 if validates else 2
+    sizes = {part: max(1, round(shares[part] * count)) for part in (2, 1)}
+    if sum(sizes.values()) >= count:
+        raise InputError(
+            f"a stratified split needs more than {sum(sizes.values())} trials; the cache has {count}"
+        )
+    rest = [trials[i] for i in rng.permutation(count).tolist()]
+    rest.sort(key=lambda key: stratum[key])  # stable: still shuffled within a stratum
+    part_of = dict.fromkeys(rest, 0)
+    for part, size in sizes.items():
+        places = ((np.arange(size) + rng.random()) * len(rest) / size).astype(np.int64)
+        part_of.update((rest[i], part) for i in places.tolist())
+        rest = [key for key in rest if part_of[key] == 0]
     return part_of
 
 

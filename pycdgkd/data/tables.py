@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,10 @@ def _decode(content: bytes) -> str:
 def _sheet(path: Path) -> list[list[str]]:
     calamine = require("python_calamine", "train")
     try:
+        if path.suffix.casefold() != ".xls":
+            with zipfile.ZipFile(path) as archive:
+                if sum(item.file_size for item in archive.infolist()) > MAX_BYTES:
+                    raise ValueError(f"its parts have more than {MAX_BYTES} bytes")
         rows = calamine.load_workbook(str(path)).get_sheet_by_index(0).to_python()
     except Exception as error:  # the reader raises several unrelated kinds
         raise InputError(

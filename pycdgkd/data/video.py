@@ -7,6 +7,7 @@ its first frame on, and frame n is the n-th that came out of the decoder.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy.typing as npt
 from pycdgkd.errors import InputError, require
 
 Frames = npt.NDArray[np.uint8]
+
+REORDERED = 16  # frames between which a decoder may have to reorder, by the standards
 
 
 def read_frames(path: Path | str, wanted: npt.ArrayLike) -> tuple[Frames, npt.NDArray[np.int64]]:
@@ -47,7 +50,7 @@ def read_frames_at(
     """Decode the frame nearest to each of these times by the video's own time stamps.
 
     wanted: seconds (k,) after the first frame, ascending. tolerance: how far the nearest frame may
-    be. Frames without a time stamp, which some files end with, are left out.
+    be. A frame without a time stamp, which some files end with, follows the one before it.
     Returns frames (m, H, W, 3) uint8 RGB and got (k,), False where no frame is near; m counts the
     True. Raises ``InputError`` as ``read_frames`` does.
     """
@@ -64,13 +67,11 @@ def read_frames_at(
 def _nearest(path: Path, times: list[float]) -> Iterator[tuple[Any, float]]:
     """The frame nearest to each of the ascending times, and its distance in seconds."""
     waiting = deque(times)
-    before: list[tuple[Any, float]] = []  # the last frame with a time, if there is one yet
+    before: list[tuple[Any, float]] = []  # the last frame, if there is one yet
     origin: float | None = None
-    for frame in _decode(path) if waiting else ():
-        if frame.time is None:
-            continue
-        origin = frame.time if origin is None else origin
-        now = (frame, frame.time - origin)
+    for frame, stamp in _stamped(path) if waiting else ():
+        origin = stamp if origin is None else origin
+        now = (frame, stamp - origin)
         while waiting and now[1] >= waiting[0]:
             wanted = waiting.popleft()
             yield min(
@@ -82,6 +83,32 @@ def _nearest(path: Path, times: list[float]) -> Iterator[tuple[Any, float]]:
     if before:
         frame, time = before[0]
         yield from ((frame, abs(time - wanted)) for wanted in waiting)
+
+
+def _stamped(path: Path) -> Iterator[tuple[Any, float]]:
+    """Frames in the order of display, with their time stamps in ascending order.
+
+    AVI keeps no times of display: those of a stream with B-frames come out in the order in which
+    the frames were stored, while the frames come in that of display. Sorted they are right again.
+    """
+    frames: deque[Any] = deque()
+    stamps: list[float] = []  # a heap
+    last, gap = 0.0, 0.0
+
+    def next_stamp() -> float:
+        nonlocal last, gap
+        stamp = heapq.heappop(stamps) if stamps else last + gap
+        last, gap = stamp, stamp - last or gap
+        return stamp
+
+    for frame in _decode(path):
+        frames.append(frame)
+        if frame.time is not None:
+            heapq.heappush(stamps, frame.time)
+        if len(frames) > REORDERED:
+            yield frames.popleft(), next_stamp()
+    while frames:
+        yield frames.popleft(), next_stamp()
 
 
 def sample_frames(

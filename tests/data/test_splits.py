@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pycdgkd.data import Split, trial_split
+from pycdgkd.data.splits import draw_split, fold_count
 from pycdgkd.errors import InputError
 
 Samples = dict[str, npt.NDArray[np.int64]]
@@ -108,3 +109,120 @@ def test_a_damaged_split_file(tmp_path: Path, content: str) -> None:
         Split.load(tmp_path / "split.json")
     with pytest.raises(InputError, match="cannot read the split"):
         Split.load(tmp_path / "none.json")
+
+
+def study(subjects: int = 6, trials: int = 10) -> Samples:
+    """Two windows a trial; every subject saw the stimuli in an order of their own."""
+    rng = np.random.default_rng(4)
+    subject, trial, segment = (a.ravel() for a in np.indices((subjects, trials, 2)))
+    shown = np.array([rng.permutation(trials) for _ in range(subjects)])
+    return {
+        "subject": subject + 1,
+        "trial": trial + 1,
+        "experiment_id": shown[subject, trial] + 1,
+        "segment": segment,
+    }
+
+
+GROUPS = {
+    "trial": ("subject", "trial"),
+    "subject": ("subject",),
+    "loso": ("subject",),
+    "stimulus": ("experiment_id",),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("trial-kfold", 4), ("loso", 6), ("subject-kfold", 3), ("stimulus-kfold", 5)],
+)
+def test_folds_test_every_group_once(kind: str, count: int) -> None:
+    samples = study()
+    folds = {"trial-kfold": 4, "subject-kfold": 3, "stimulus-kfold": 5}.get(kind, 2)
+    assert fold_count(samples, kind, folds) == count
+    columns = GROUPS[kind.removesuffix("-kfold")]
+    groups = np.stack([samples[name] for name in columns], axis=1)
+    tested: list[int] = []
+    for fold in range(1, count + 1):
+        split = draw_split(samples, kind=kind, seed=3, folds=folds, fold=fold)
+        split.check(samples)
+        assert (split.kind, split.fold) == (kind, fold)
+        parts = [{tuple(g) for g in groups[getattr(split, part)]} for part in Split.PARTS]
+        assert all(parts)
+        assert sum(map(len, parts)) == len(set.union(*parts)) == len({tuple(g) for g in groups})
+        tested += split.test.tolist()
+    assert sorted(tested) == list(range(120))
+    with pytest.raises(
+        InputError, match=f"split by {kind} has {count} folds; got fold {count + 1}"
+    ):
+        draw_split(samples, kind=kind, seed=3, folds=folds, fold=count + 1)
+
+
+def test_a_subject_of_its_own() -> None:
+    samples = study()
+    assert fold_count(samples, "per-subject", 2) == 6
+    split = draw_split(samples, kind="per-subject", seed=0, fold=4)
+    used = np.concatenate([split.train, split.val, split.test])
+    assert set(samples["subject"][used]) == {4}
+    assert [len(getattr(split, part)) for part in Split.PARTS] == [16, 2, 2]
+
+
+def test_stimuli_stay_in_one_part() -> None:
+    samples = study()
+    split = draw_split(samples, kind="stimulus", seed=0)
+    parts = [set(samples["experiment_id"][getattr(split, part)]) for part in Split.PARTS]
+    assert [len(part) for part in parts] == [8, 1, 1]
+    assert len(set.union(*parts)) == 10
+    moved = Split(split.train, split.test, split.val, 0, split.hash, "stimulus")
+    with pytest.raises(InputError, match="was drawn for other samples"):
+        moved.check(samples)
+    leaky = Split(
+        np.append(split.train, split.test[:2]), split.val, split.test[2:], 0, "x", "stimulus"
+    )
+    with pytest.raises(InputError, match=r"leakage: experiment_id \d+ lies in both train and test"):
+        leaky.check(samples)
+
+
+@pytest.mark.parametrize("kind", ["stratified", "stratified-subject"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.sampled_from([0.2, 0.3, 0.5]))
+def test_stratified_parts_have_the_classes_of_the_whole(kind: str, seed: int, share: float) -> None:
+    samples = study(6, 20)
+    high = np.random.default_rng(seed).random((6, 20)) < share
+    labels = high[samples["subject"] - 1, samples["trial"] - 1].astype(np.int64)
+    split = draw_split(samples, kind=kind, seed=seed, labels=labels)
+    split.check(samples)
+    for part in Split.PARTS:
+        indices = getattr(split, part)
+        assert abs(labels[indices].sum() - labels.mean() * len(indices)) <= 2 * 2
+
+
+def test_samples_without_a_class_take_no_part() -> None:
+    samples = study()
+    labels = np.where(samples["trial"] == 3, -1, 0)
+    for kind in ("trial", "stratified", "loso", "stimulus"):
+        split = draw_split(samples, kind=kind, seed=1, labels=labels)
+        used = np.concatenate([split.train, split.val, split.test])
+        assert len(used) == 108
+        assert (samples["trial"][used] != 3).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "losso"}, "unknown split 'losso'; nearest known: 'loso'"),
+        ({"kind": "stratified"}, "needs the classes"),
+        ({"kind": "subject-kfold", "folds": 7}, "the cache has 6 subjects"),
+        ({"kind": "trial-kfold", "folds": 1}, "need at least 2 folds"),
+    ],
+)
+def test_splits_that_cannot_be_drawn(options: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        draw_split(study(), seed=0, **options)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_a_saved_split_keeps_its_kind(tmp_path: Path) -> None:
+    split = draw_split(study(), kind="loso", seed=5, fold=3)
+    split.save(tmp_path / "split.json")
+    read = Split.load(tmp_path / "split.json")
+    assert (read.kind, read.fold, read.hash) == ("loso", 3, split.hash)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pycdgkd.data.video import read_frames, sample_frames, video_fps
+from pycdgkd.data.video import read_frames, read_frames_at, sample_frames, video_fps
 from pycdgkd.errors import InputError
 
 BITS = 10
@@ -26,21 +26,27 @@ def number_of(frame: npt.NDArray[np.uint8]) -> int:
     return int(sum(1 << k for k in range(BITS) if bars[k]))
 
 
-def write_barcodes(path: Path, codec: str, count: int, options: dict[str, str]) -> None:
+def write_barcodes(
+    path: Path, codec: str, count: int, options: dict[str, str], *, tag: str = ""
+) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=50, options=options)
         stream.width, stream.height, stream.pix_fmt = 16 * BITS, 48, "yuv420p"
+        if tag:
+            stream.codec_context.codec_tag = tag
         for number in range(count):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(barcode(number), "rgb24")))
         container.mux(stream.encode())
 
 
-@pytest.fixture(scope="module", params=["mpeg4.avi", "h264.mp4"])
+@pytest.fixture(scope="module", params=["mpeg4.avi", "xvid.avi", "h264.mp4", "h264.avi"])
 def barcodes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """230 numbered frames: plain MPEG-4, and H.264 with B-frames (decoded out of order)."""
+    """230 numbered frames: MPEG-4 plain and as XviD writes it, and H.264, both with B-frames."""
     path = tmp_path_factory.mktemp("video") / request.param
     if "h264" in request.param:
         write_barcodes(path, "libx264", 230, {"bf": "3", "preset": "veryfast"})
+    elif "xvid" in request.param:
+        write_barcodes(path, "mpeg4", 230, {"bf": "2"}, tag="XVID")
     else:
         write_barcodes(path, "mpeg4", 230, {})
     return path
@@ -59,6 +65,15 @@ def test_wanted_frames_in_any_order_and_past_the_end(barcodes: Path) -> None:
     frames, numbers = read_frames(barcodes, [500])
     assert frames.shape == (0, 0, 0, 3)
     assert numbers.size == 0
+
+
+def test_frames_nearest_to_a_time(barcodes: Path) -> None:
+    wanted = [0.0, 0.011, 0.0201, 1.0, 4.58, 4.59, 5.5]
+    frames, got = read_frames_at(barcodes, wanted, 0.03)
+    assert got.tolist() == [True] * 6 + [False]
+    assert [number_of(frame) for frame in frames] == [0, 1, 1, 50, 229, 229]
+    frames, got = read_frames_at(barcodes, [], 0.03)
+    assert (frames.shape, got.shape) == ((0, 0, 0, 3), (0,))
 
 
 def test_claimed_rate(barcodes: Path) -> None:
