@@ -102,6 +102,15 @@ def check_data(arguments: argparse.Namespace) -> int:
     return 1 if found.skipped else 0
 
 
+def inspect(arguments: argparse.Namespace) -> int:
+    """Write a page that shows what a cache holds."""
+    check_cache(arguments.cache)
+    from pycdgkd.report.inspection import write_inspection
+
+    print(f"page     {write_inspection(arguments.cache, arguments.out)}")
+    return 0
+
+
 def train(arguments: argparse.Namespace) -> int:
     """Cache -> teacher, assistants, student, control, results and report."""
     from pycdgkd.training.config import load_config

@@ -205,6 +205,13 @@ def _add_predict(parser: Parser) -> None:
     )
 
 
+def _add_inspect(parser: Parser) -> None:
+    parser.add_argument("cache", metavar="CACHE", type=Path, help="folder made by prepare")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="the page (default: CACHE/inspect.html)"
+    )
+
+
 def _add_report(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
 
@@ -255,6 +262,7 @@ _COMMANDS = {
         _NOTHING_KEPT,
         "what a dataset's folder holds and what would be skipped",
     ),
+    "inspect": (commands.inspect, _add_inspect, _NOTHING_KEPT, "a page that shows a cache"),
     "train": (
         commands.train,
         _add_train,

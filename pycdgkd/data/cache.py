@@ -21,6 +21,7 @@ PLAN = "plan.json"
 JOURNAL = "journal.jsonl"
 PARTS = "parts"
 SPECTRA = "spectra.npy"
+FOUND = "face_found.npy"
 INT_COLUMNS = ("sample", "subject", "trial", "experiment_id", "segment")
 
 
@@ -70,6 +71,17 @@ class Cache:
                 "remedy: delete the folder and prepare it again"
             )
         return cls(folder, manifest, video, mask, eeg, samples)
+
+    @property
+    def face_found(self) -> npt.NDArray[np.bool_]:
+        """(n, T) bool: the frame's own face was found; False where it borrowed another's box."""
+        array = _load(self.path / FOUND, np.bool_, 2)
+        if array.shape != self.frame_mask.shape:
+            raise InputError(
+                f"{self.path / FOUND} has shape {array.shape}; expected {self.frame_mask.shape}; "
+                "remedy: delete the cache and prepare it again"
+            )
+        return array
 
     @property
     def spectra(self) -> npt.NDArray[np.float64]:

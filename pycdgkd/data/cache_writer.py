@@ -28,7 +28,17 @@ import pycdgkd
 from pycdgkd.errors import InputError
 from pycdgkd.files import write_text
 
-from .cache import FORMAT, JOURNAL, MANIFEST, PARTS, PLAN, SPECTRA, cache_hash, write_samples
+from .cache import (
+    FORMAT,
+    FOUND,
+    JOURNAL,
+    MANIFEST,
+    PARTS,
+    PLAN,
+    SPECTRA,
+    cache_hash,
+    write_samples,
+)
 from .config import PrepareConfig, config_to_dict, parameter_hash
 
 HEADER = 128  # bytes kept free for the .npy header, which is known only at the end
@@ -78,14 +88,16 @@ class TrialData:
     """Samples of one trial.
 
     rows: one dict a sample with samples.csv's columns, without its number. video: (k, T, 3, H, W)
-    uint8. mask: (k, T) bool. eeg: (k, C, L) float32. spectra: (2, BINS), before and after
-    filtering. frames, missed: frames looked at, and without a face of their own. note: what of this
-    trial was left out or masked and why, "" for nothing.
+    uint8. mask, found: (k, T) bool, frames that are there, and that have a face of their own. eeg:
+    (k, C, L) float32. spectra: (2, BINS), before and after filtering. frames, missed: frames looked
+    at, and without a face of their own. note: what of this trial was left out or masked and why, ""
+    for nothing.
     """
 
     rows: list[dict[str, Any]]
     video: npt.NDArray[np.uint8]
     mask: npt.NDArray[np.bool_]
+    found: npt.NDArray[np.bool_]
     eeg: npt.NDArray[np.float32]
     spectra: npt.NDArray[np.float64]
     frames: int
@@ -125,6 +137,7 @@ class CacheWriter:
             "trial": trial,
             "rows": data.rows,
             "mask": data.mask.astype(int).tolist(),
+            "found": data.found.astype(int).tolist(),
             "spectra": [[None if x != x else x for x in row] for row in data.spectra.tolist()],
             "frames": data.frames,
             "missed": data.missed,
@@ -168,12 +181,11 @@ class CacheWriter:
     def finish(self) -> dict[str, Any]:
         """Turn the parts into the finished cache; returns the manifest."""
         rows = [row for entry in self.journal for row in entry.get("rows", ())]
-        mask = [line for entry in self.journal for line in entry.get("mask", ())]
-        width = self.plan.config.frames_per_window
         numbered = [{"sample": i, **row} for i, row in enumerate(rows)]
         with _told_when_full(self.folder):
             write_samples(self.folder / "samples.csv", numbered, tuple(self.plan.labels))
-            np.save(self.folder / "frame_mask.npy", np.array(mask, np.bool_).reshape(-1, width))
+            np.save(self.folder / "frame_mask.npy", self._flags("mask"))
+            np.save(self.folder / FOUND, self._flags("found"))
             np.save(self.folder / SPECTRA, _spectra(self.journal))
             for name, (dtype, shape, _) in _layout(self.plan).items():
                 part = _part(self.folder, name)
@@ -187,6 +199,11 @@ class CacheWriter:
             (self.folder / name).unlink()
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
         return manifest
+
+    def _flags(self, name: str) -> npt.NDArray[np.bool_]:
+        """(n, T) of what the journal says of every frame."""
+        lines = [line for entry in self.journal for line in entry.get(name, ())]
+        return np.array(lines, np.bool_).reshape(-1, self.plan.config.frames_per_window)
 
     def _manifest(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         plan = self.plan.to_dict()

@@ -295,10 +295,9 @@ def _stratified(
     """
     count = len(trials)
     sizes = {part: max(1, round(shares[part] * count)) for part in (2, 1)}
-    if sum(sizes.values()) >= count:
-        raise InputError(
-            f"a stratified split needs more than {sum(sizes.values())} trials; the cache has {count}"
-        )
+    held = sum(sizes.values())
+    if held >= count:
+        raise InputError(f"a stratified split needs more than {held} trials; the cache has {count}")
     rest = [trials[i] for i in rng.permutation(count).tolist()]
     rest.sort(key=lambda key: stratum[key])  # stable: still shuffled within a stratum
     part_of = dict.fromkeys(rest, 0)

@@ -130,10 +130,12 @@ class _Subject:
             crops, found = self._crops(trial, frames, keys[got])
         crop_of = np.cumsum(got) - 1
         video = np.zeros((len(usable), places.shape[1], *crops.shape[1:]), np.uint8)
+        own = np.zeros(video.shape[:2], np.bool_)
         rows = []
         for row, window in enumerate(usable.tolist()):
             seen = crop_of[at[window][mask[window]]]
             video[row, mask[window]] = crops[seen]
+            own[row, mask[window]] = found[seen]
             rows.append(_row(trial, window, starts[window], int(found[seen].sum())))
         missed = 0 if config.faces == "none" else int((~found).sum())
         notes = [eeg.note, _note(mask, usable, len(eeg.windows))]
@@ -141,6 +143,7 @@ class _Subject:
             rows=rows,
             video=video,
             mask=mask[usable],
+            found=own,
             eeg=eeg.windows[usable],
             spectra=eeg.spectra,
             frames=len(frames),

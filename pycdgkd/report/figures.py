@@ -55,7 +55,8 @@ _STYLE = {
 }
 
 
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure of this size in inches, and its axes row by row."""
     figure_class = require("matplotlib.figure", "train").Figure
     figure = figure_class(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -74,7 +75,8 @@ def _svg(figure: Figure) -> str:
     return f'{head} aria-hidden="true">{body}'
 
 
-def _drawn(draw: Any, *arguments: Any) -> str:
+def drawn(draw: Any, *arguments: Any) -> str:
+    """The figure that ``draw(*arguments)`` makes, in the pages' style, as inline SVG."""
     matplotlib = require("matplotlib", "train")
     with matplotlib.rc_context(_STYLE):
         return _svg(draw(*arguments))
@@ -82,12 +84,12 @@ def _drawn(draw: Any, *arguments: Any) -> str:
 
 def accuracy_overview(results: Results) -> str:
     """Test accuracy of every network with its interval, beside the majority class."""
-    return _drawn(_accuracy_overview, results)
+    return drawn(_accuracy_overview, results)
 
 
 def _accuracy_overview(results: Results) -> Figure:
     networks = results.networks
-    figure, (axes,) = _figure(7.6, 0.75 + 0.34 * len(networks), 1, 1)
+    figure, (axes,) = new_figure(7.6, 0.75 + 0.34 * len(networks), 1, 1)
     axes.axvline(results.majority.value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
     axes.annotate(
         f"always '{results.class_names[results.majority_class]}'",
@@ -129,11 +131,11 @@ def learning_curves(log: Table, best_epoch: int) -> str:
     Both losses are plain cross-entropy, hence comparable; KL is the distillation term of training.
     The accuracy has the same scale for every network.
     """
-    return _drawn(_learning_curves, log, best_epoch)
+    return drawn(_learning_curves, log, best_epoch)
 
 
 def _learning_curves(log: Table, best_epoch: int) -> Figure:
-    figure, (left, right) = _figure(5.6, 2.05, 1, 2)
+    figure, (left, right) = new_figure(5.6, 2.05, 1, 2)
     locator = require("matplotlib.ticker", "train").MaxNLocator
     epochs = log["epoch"]
     marker = "o" if len(epochs) == 1 else None
@@ -175,11 +177,11 @@ def _anchor(x: float, end: float) -> str:
 
 def rebalancing(steps: Table) -> str:
     """Convergence rates and modality weights of the teacher over its training steps."""
-    return _drawn(_rebalancing, steps)
+    return drawn(_rebalancing, steps)
 
 
 def _rebalancing(steps: Table) -> Figure:
-    figure, (left, right) = _figure(9.4, 2.7, 1, 2)
+    figure, (left, right) = new_figure(9.4, 2.7, 1, 2)
     for axes, quantity, title in (
         (left, "rate", "convergence rate r (mean probability of the true class)"),
         (right, "lambda", "modality weight \u03bb (weight of the prototype loss)"),

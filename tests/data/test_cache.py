@@ -32,6 +32,7 @@ def test_contents(cache: Cache) -> None:
     assert cache.labels == {name: [] for name in LABELS}
     assert cache.spectra.shape == (2, 2, 65)
     assert np.isfinite(cache.spectra).all()
+    assert cache.face_found.sum(axis=1).tolist() == cache.samples["faces_found"].tolist()
     assert cache.samples["sample"].tolist() == list(range(16))
     assert cache.sfreq == 128.0
     assert cache.channels[:3] == ("Fp1", "AF3", "F3")
@@ -42,7 +43,8 @@ def test_contents(cache: Cache) -> None:
 
 def test_nothing_unfinished_is_left(cache_folder: Path) -> None:
     assert sorted(path.name for path in cache_folder.iterdir()) == [
-        "eeg.npy", "frame_mask.npy", "manifest.json", "samples.csv", "spectra.npy", "video.npy",
+        "eeg.npy", "face_found.npy", "frame_mask.npy", "manifest.json", "samples.csv",
+        "spectra.npy", "video.npy",
     ]  # fmt: skip
 
 
