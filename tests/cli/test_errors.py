@@ -29,7 +29,7 @@ def fails_with(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "no command given; one of demo, prepare, check-data, train"),
+        ([], "no command given; one of demo, prepare, check-data, inspect, train"),
         (["trian", "x"], "unknown command 'trian'; did you mean 'train'?"),
         (["zzz"], "unknown command 'zzz' (see pycdgkd --help)"),
         (["--verson"], "did you mean '--version'?"),
