@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import csv
-import zipfile
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from pycdgkd.errors import InputError, require
 
 SHEETS = (".xls", ".xlsx", ".ods")
 MAX_BYTES = 64 << 20
+READER = Path(__file__).with_name("sheet.py")
+SECONDS = 8
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 Row = dict[str, str]
@@ -78,20 +82,25 @@ def _decode(content: bytes) -> str:
 
 
 def _sheet(path: Path) -> list[list[str]]:
-    calamine = require("python_calamine", "train")
+    require("python_calamine", "train")
     try:
-        if path.suffix.casefold() != ".xls":
-            with zipfile.ZipFile(path) as archive:
-                if sum(item.file_size for item in archive.infolist()) > MAX_BYTES:
-                    raise ValueError(f"its parts have more than {MAX_BYTES} bytes")
-        rows = calamine.load_workbook(str(path)).get_sheet_by_index(0).to_python()
-    except Exception as error:  # the reader raises several unrelated kinds
+        # -I: nothing of the current folder is imported.
+        run = subprocess.run(
+            [sys.executable, "-I", str(READER), str(path)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+        )
+        if run.returncode < 0:
+            raise ValueError(f"its reader died of signal {-run.returncode}")
+        if run.returncode > 0:
+            raise ValueError(run.stderr.strip().rpartition("\n")[2])
+        cells: list[list[str]] = json.loads(run.stdout)
+    except (ValueError, subprocess.TimeoutExpired) as error:
+        slow = isinstance(error, subprocess.TimeoutExpired)
+        reason = f"it took longer than {SECONDS} s" if slow else error
         raise InputError(
-            f"cannot read {path}: {error}; expected a spreadsheet; remedy: save it as CSV"
+            f"cannot read {path}: {reason}; expected a spreadsheet; remedy: save it as CSV"
         ) from error
-    return [[_cell(value) for value in row] for row in rows]
-
-
-def _cell(value: object) -> str:
-    # Spreadsheets hold every number as a float; keys must read as whole ones.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return cells

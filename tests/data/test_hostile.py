@@ -20,7 +20,7 @@ from archives import (
     write_deap_archive,
 )
 
-from pycdgkd.data import PrepareConfig
+from pycdgkd.data import PrepareConfig, tables
 from pycdgkd.data.boxes import read_boxes
 from pycdgkd.data.check import check_dataset
 from pycdgkd.data.deap import read_ratings, scan
@@ -225,6 +225,26 @@ def test_damaged_tables_are_named(tmp_path: Path, name: str, content: bytes) -> 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=name):
         read_table(tmp_path / name, ("trial",))
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("while True: pass", r"a.xls: it took longer than 0.5 s; expected a spreadsheet"),
+        ("import os; os.abort()", r"a.xls: its reader died of signal 6; expected a spreadsheet"),
+        ("raise ValueError('no sheet')", r"a.xls: ValueError: no sheet; expected a spreadsheet"),
+        ("print('[')", r"cannot read .*a.xls: Expecting value"),
+    ],
+)
+def test_a_spreadsheet_s_reader_may_hang_or_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, words: str
+) -> None:
+    (tmp_path / "reader.py").write_text(program)
+    (tmp_path / "a.xls").write_bytes(b"")
+    monkeypatch.setattr(tables, "READER", tmp_path / "reader.py")
+    monkeypatch.setattr(tables, "SECONDS", 0.5 if "while" in program else 30)
+    with pytest.raises(InputError, match=words):
+        read_table(tmp_path / "a.xls")
 
 
 def test_doubles_are_named_and_left_out(tmp_path: Path) -> None:
