@@ -20,6 +20,8 @@ from pycdgkd.errors import InputError, require
 
 Frames = npt.NDArray[np.uint8]
 
+# Files that hold their frames themselves: a playlist would lead to other files.
+CONTAINERS = "avi,mov,mp4,matroska,webm,mpeg,mpegvideo,mpegts,asf,flv,ogg,m4v,dv,mjpeg"
 REORDERED = 16  # frames between which a decoder may have to reorder, by the standards
 
 
@@ -151,11 +153,15 @@ def _open(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise InputError(f"video {path} is empty (0 bytes); remedy: copy it again from its source")
     try:
-        return av.open(str(path))
+        return av.open(
+            str(path),
+            container_options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
+            metadata_errors="replace",
+        )
     except av.FFmpegError as error:
         raise InputError(
-            f"cannot open video {path}: {error.strerror or error}; expected a readable video file; "
-            "remedy: copy it again from its source"
+            f"cannot open video {path}: {error.strerror or error}; expected a video file (AVI, "
+            "MP4, MOV, Matroska, MPEG, ASF or Ogg); remedy: copy it again from its source"
         ) from error
 
 

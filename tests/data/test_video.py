@@ -101,7 +101,7 @@ def test_a_truncated_video_gives_what_it_has(tmp_path: Path) -> None:
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.avi").write_bytes(b"")
     (tmp_path / "text.avi").write_bytes(b"no video at all\n" * 100)
-    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+    with av.open(str(tmp_path / "sound.avi"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
         sound.sample_rate = 8000
@@ -111,10 +111,19 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         ("none.avi", "no video at .*none.avi"),
         ("empty.avi", "empty.avi is empty"),
         ("text.avi", "cannot open video .*text.avi"),
-        ("sound.wav", "sound.wav has no video stream"),
+        ("sound.avi", "sound.avi has no video stream"),
     ):
         with pytest.raises(InputError, match=words):
             read_frames(tmp_path / name, [0])
+
+
+def test_a_video_leads_to_no_other_file(tmp_path: Path) -> None:
+    write_barcodes(tmp_path / "a.mp4", "libx264", 30, {})
+    (tmp_path / "b.avi").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    with av.open(str(tmp_path / "b.avi")) as container:  # opened carelessly, it does
+        assert container.format.name == "concat"
+    with pytest.raises(InputError, match=r"cannot open video .*b.avi"):
+        read_frames(tmp_path / "b.avi", [0])
 
 
 def test_damage_in_the_middle_is_an_error(study: Path, tmp_path: Path) -> None:
