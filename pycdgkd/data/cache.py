@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import tokenize
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raise ``KeyError`` or ``TypeError`` unless what readers use is there."""
+    """Raise ``KeyError``, ``TypeError`` or ``ValueError`` unless what readers use is there."""
     kinds: dict[str, type] = {
         "samples": int, "parameters": dict, "channels": list, "labels": dict, "hash": str,
         "synthetic": bool, "dataset": str, "skipped": list, "subjects": dict, "stimuli": dict,
@@ -166,6 +167,10 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         if not isinstance(manifest[name], kind):
             raise TypeError(name)
+    float(manifest["parameters"]["sfreq"])
+    for names in (manifest["channels"], *manifest["labels"].values()):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("names")
 
 
 def unfinished_state(folder: Path) -> str:
@@ -190,7 +195,16 @@ def _load(path: Path, dtype: type[np.generic], ndim: int) -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = np.load(
             path, mmap_mode="r" if path.stat().st_size > 4096 else None
         )
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+        SyntaxError,
+        EOFError,
+        MemoryError,
+        tokenize.TokenError,
+    ) as error:
+        # NumPy reads a header as Python source, and tells of damage in as many ways.
         raise InputError(
             f"cannot read {path}: {error}; remedy: delete the cache and prepare it again"
         ) from error

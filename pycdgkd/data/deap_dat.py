@@ -111,6 +111,17 @@ def read_dat(path: Path) -> tuple[Array, Array]:
     Raises ``InputError`` for a file that is missing, too large, no such pickle, or that asks for
     anything but NumPy arrays (the name is told, and nothing of it runs).
     """
+    data, labels = read_arrays(path)
+    if data.shape != SHAPE or labels.shape != (SHAPE[0], len(LABELS)):
+        raise InputError(
+            f"{path} holds data {data.shape} and labels {labels.shape}; expected {SHAPE} and "
+            f"{(SHAPE[0], len(LABELS))}; remedy: copy it again from its source"
+        )
+    return data, labels
+
+
+def read_arrays(path: Path) -> tuple[Array, Array]:
+    """The arrays 'data' and 'labels' of a pickle, of whatever shapes."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -128,11 +139,6 @@ def read_dat(path: Path) -> tuple[Array, Array]:
             f"{path} is not one of DEAP's preprocessed files: {error}; expected a pickle of NumPy "
             "arrays 'data' and 'labels'; remedy: copy it again from its source"
         ) from error
-    if data.shape != SHAPE or labels.shape != (SHAPE[0], len(LABELS)):
-        raise InputError(
-            f"{path} holds data {data.shape} and labels {labels.shape}; expected {SHAPE} and "
-            f"{(SHAPE[0], len(LABELS))}; remedy: copy it again from its source"
-        )
     return data, labels
 
 

@@ -329,6 +329,11 @@ def _electrodes(names: list[str], wanted: tuple[str, ...], path: Path) -> list[i
 
 
 def _find_events(recording: Recording, wanted: int | None) -> Events:
+    if recording.length == 0:
+        raise InputError(
+            f"{recording.path} holds no sample; expected a recording; remedy: copy it again from "
+            "its source"
+        )
     mne = require("mne", "train")
     info = mne.create_info(["Status"], recording.sfreq, ["stim"])
     every: list[Events] = []

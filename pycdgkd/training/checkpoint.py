@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged file makes the unpickler run into
         raise InputError(
             f"{path} cannot be read ({type(error).__name__}); "
             f"remedy: delete the folder {folder} to train this network again"
@@ -109,7 +108,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise InputError(
             f"{path} is no readable safetensors file: {error}; remedy: train again"
         ) from error
-    meta = json.loads(header.get(_META_KEY, "{}"))
+    try:
+        meta = dict(json.loads(header.get(_META_KEY, "{}")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} has a damaged header: {error}; remedy: train again") from error
     missing = sorted(_REQUIRED - set(meta))
     if missing or meta.get("format") != FORMAT:
         raise InputError(
