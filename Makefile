@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 OTHER_TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint emulate gpu-resources gpu-check bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
+.PHONY: install demo test lint fuzz emulate gpu-resources gpu-check bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
 
 install: $(VENV)/.built
 
@@ -35,6 +35,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+# Damaged files for every reader of files from outside; about five minutes on two cores.
+INPUTS ?= 20000
+fuzz: install
+	$(BIN)/python tests/fuzz/fuzz.py $(INPUTS)
 
 # Kernel, op and public function of every case, timed apart.
 bench: install
