@@ -100,12 +100,16 @@ class VisualBranch(nn.Module):
 
     def _encode(self, frames: Tensor) -> Tensor:
         """Frames (n, 3, H, W) in 0..255 or 0..1 -> (n, encoder_dim)."""
-        std = self.pixel_std * (1.0 if frames.is_floating_point() else 255.0)
-        pixels = frames.to(std.dtype)
-        # (pixels - mean) / std in one pass over the pixels
-        pixels = torch.addcmul(-self.pixel_mean / self.pixel_std, pixels, std.reciprocal())
-        features: Tensor = self.frame_encoder(pixels)
+        features: Tensor = self.frame_encoder(self.normalise(frames))
         return features
+
+    def normalise(self, frames: Tensor) -> Tensor:
+        """Frames (n, 3, H, W), uint8 or floats in 0..1 -> (pixels - mean) / std, as floats."""
+        std = self.pixel_std * (1.0 if frames.is_floating_point() else 255.0)
+        # One pass over the pixels.
+        return torch.addcmul(
+            -self.pixel_mean / self.pixel_std, frames.to(std.dtype), std.reciprocal()
+        )
 
     def _relate(self, features: Tensor, frame_mask: Tensor | None) -> Tensor:
         """Temporal layers over frame features (B, T, encoder_dim); padding is never attended to."""
