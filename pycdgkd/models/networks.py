@@ -1,10 +1,10 @@
-"""Teacher and assistants (face video and EEG) and student (face video alone)."""
+"""Teacher and assistants (face video and EEG), student (face video alone), and EEG alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,22 @@ class VisualOutput(NamedTuple):
 
     logits: Tensor
     video: Tensor
+
+
+class EEGOutput(NamedTuple):
+    """Logits (B, K) and the features z_e (B, De)."""
+
+    logits: Tensor
+    eeg: Tensor
+
+
+class Network(nn.Module):
+    """A network whose output has ``logits`` (B, K).
+
+    inputs: what ``forward`` takes, in order: "video", "frame_mask", "eeg".
+    """
+
+    inputs: ClassVar[tuple[str, ...]]
 
 
 class VisualBranch(nn.Module):
@@ -171,8 +187,10 @@ class EEGBranch(nn.Module):
         return z
 
 
-class MultimodalNet(nn.Module):
+class MultimodalNet(Network):
     """Teacher or assistant: both branches, their features side by side, one classifier."""
+
+    inputs = ("video", "frame_mask", "eeg")
 
     def __init__(
         self,
@@ -201,8 +219,10 @@ class MultimodalNet(nn.Module):
         return MultimodalOutput(self.head(torch.cat([z_v, z_e], dim=1)), z_v, z_e)
 
 
-class VisualNet(nn.Module):
+class VisualNet(Network):
     """Student: the visual branch and a classifier."""
+
+    inputs = ("video", "frame_mask")
 
     def __init__(
         self, visual: VisualBranch, num_classes: int, *, hidden: int = 128, dropout: float = 0.5
@@ -215,6 +235,24 @@ class VisualNet(nn.Module):
         """Frames and mask as ``VisualBranch`` takes them."""
         z_v = self.visual(video, frame_mask)
         return VisualOutput(self.head(z_v), z_v)
+
+
+class EEGNet(Network):
+    """The EEG branch and a classifier."""
+
+    inputs = ("eeg",)
+
+    def __init__(
+        self, eeg: EEGBranch, num_classes: int, *, hidden: int = 128, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.eeg = eeg
+        self.head = _classifier(eeg.project.out_features, hidden, num_classes, dropout)
+
+    def forward(self, eeg: Tensor) -> EEGOutput:
+        """EEG (B, n_chans, L) microvolts."""
+        z_e = self.eeg(eeg)
+        return EEGOutput(self.head(z_e), z_e)
 
 
 def build_multimodal(
@@ -235,18 +273,8 @@ def build_multimodal(
     come from torch's global generator. ``InputError`` for sizes or names that do not fit.
     """
     sizes = get_preset(preset)
-    windows, spatial = eeg_level(level)
     visual = _build_branch(sizes, img_size, backbone)
-    encoder = TSceptionEncoder(
-        n_chans,
-        n_times,
-        sfreq,
-        windows=windows,
-        spatial=spatial,
-        num_temporal=sizes.num_temporal,
-        num_spatial=sizes.num_spatial,
-    )
-    eeg = EEGBranch(encoder, encoder.num_features, sizes.feature_dim, n_chans)
+    eeg = _build_eeg_branch(sizes, level, n_chans, n_times, sfreq)
     return MultimodalNet(visual, eeg, num_classes, hidden=sizes.hidden, dropout=sizes.dropout)
 
 
@@ -261,6 +289,21 @@ def build_visual(
     sizes = get_preset(preset)
     visual = _build_branch(sizes, img_size, backbone)
     return VisualNet(visual, num_classes, hidden=sizes.hidden, dropout=sizes.dropout)
+
+
+def build_eeg(
+    preset: str | NetworkPreset,
+    *,
+    level: int = 0,
+    num_classes: int = 2,
+    n_chans: int = 28,
+    n_times: int = 512,
+    sfreq: float = 128.0,
+) -> EEGNet:
+    """EEG alone, initialised at random; arguments as those of ``build_multimodal``."""
+    sizes = get_preset(preset)
+    eeg = _build_eeg_branch(sizes, level, n_chans, n_times, sfreq)
+    return EEGNet(eeg, num_classes, hidden=sizes.hidden, dropout=sizes.dropout)
 
 
 def load_frame_encoder_weights(net: MultimodalNet | VisualNet, path: str | Path) -> None:
@@ -285,6 +328,22 @@ def _build_branch(preset: NetworkPreset, img_size: int | None, backbone: str) ->
         pixel_mean=encoder.mean,
         pixel_std=encoder.std,
     )
+
+
+def _build_eeg_branch(
+    preset: NetworkPreset, level: int, n_chans: int, n_times: int, sfreq: float
+) -> EEGBranch:
+    windows, spatial = eeg_level(level)
+    encoder = TSceptionEncoder(
+        n_chans,
+        n_times,
+        sfreq,
+        windows=windows,
+        spatial=spatial,
+        num_temporal=preset.num_temporal,
+        num_spatial=preset.num_spatial,
+    )
+    return EEGBranch(encoder, encoder.num_features, preset.feature_dim, n_chans)
 
 
 def _classifier(width: int, hidden: int, num_classes: int, dropout: float) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from pycdgkd.data.splits import Split
-from pycdgkd.models.networks import MultimodalNet, load_frame_encoder_weights
+from pycdgkd.models.networks import MultimodalNet, Network, VisualNet, load_frame_encoder_weights
 
 from .checkpoint import build_network, load_network, save_network
 from .config import TrainConfig, config_values
 from .distill import Distillation
 from .environment import Progress, derive_seed
-from .inference import Network, network_logits
+from .inference import network_logits
 from .loop import Fit
 from .objective import CrossEntropy, Objective
 from .recordings import Recordings, eeg_statistics
@@ -29,24 +30,40 @@ NO_PART_OF_IDENTITY = ("device", "threads")
 
 @dataclass
 class Chain:
-    """One run in training. out: its folder. source_logits: frozen outputs, filled on demand."""
+    """One run in training.
+
+    out: its folder. trained: folders of networks that were trained elsewhere, by role.
+    source_logits: frozen outputs, filled on demand.
+    """
 
     config: TrainConfig
     out: Path
     data: Recordings
     split: Split
     progress: Progress = None
+    trained: Mapping[str, Path] = field(default_factory=dict)
     source_logits: dict[str, Tensor] = field(default_factory=dict)
 
     def train(self) -> dict[str, FitState]:
         """Train what is not yet trained; the end state of every network in order."""
-        return {role: self._train_network(role) for role in self.config.roles}
+        return {role: self.train_network(role) for role in self.config.roles}
+
+    def folder(self, role: str) -> Path:
+        """Where a network lies."""
+        return self.trained.get(role, self.out / role)
+
+    def load(self, role: str) -> Network:
+        """A trained network of this run, in evaluation mode on the run's device."""
+        net, meta = load_network(self.folder(role))
+        check_identity(meta, self.meta(role), self.folder(role))
+        return net.to(self.data.device)
 
     def sources(self, role: str) -> tuple[str, ...]:
         """Networks that ``role`` learns from: all before it; none for teacher and control."""
-        if role == "control" or self.config.distill.strategy == "none":
+        strategy, place = self.config.distill.strategy, self.config.roles.index(role)
+        if role == "control" or strategy == "none":
             return ()
-        return self.config.roles[: self.config.roles.index(role)]
+        return self.config.roles[max(place - 1, 0) if strategy == "previous" else 0 : place]
 
     def level(self, role: str) -> int | None:
         """Level of the EEG encoder (0 is the teacher's), or None for video alone."""
@@ -86,7 +103,7 @@ class Chain:
             **_video_parameters(cache.manifest["parameters"]),
         }
 
-    def build(self, role: str) -> Network:
+    def build(self, role: str) -> MultimodalNet | VisualNet:
         """A network with its initial weights, which depend on the seed and the role alone."""
         torch.manual_seed(derive_seed(self.config.seed, _seed_role(role), "weights"))
         net = build_network(self.meta(role))
@@ -99,14 +116,13 @@ class Chain:
     def frozen_logits(self, role: str) -> Tensor:
         """Logits (n, K) of a trained network on the train split, from its saved weights."""
         if role not in self.source_logits:
-            net, meta = load_network(self.out / role)
-            check_identity(meta, self.meta(role), self.out / role)
-            net.to(self.data.device).requires_grad_(False)
+            net = self.load(role).requires_grad_(False)
             size = self.config.optim.part_size
             self.source_logits[role] = network_logits(net, self.data, self.split.train, size)
         return self.source_logits[role]
 
-    def _train_network(self, role: str) -> FitState:
+    def train_network(self, role: str) -> FitState:
+        """Train one network, unless it is trained; its sources must be."""
         task = self._task(role)
         done = finished_state(task.folder, task.identity)
         if done is not None:

@@ -13,7 +13,7 @@ from pycdgkd.errors import InputError, require
 from pycdgkd.files import write_atomically
 
 if TYPE_CHECKING:
-    from .inference import Network
+    from pycdgkd.models.networks import MultimodalNet, Network, VisualNet
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -61,7 +61,7 @@ def save_network(folder: Path, net: Network, meta: Mapping[str, Any]) -> None:
     write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_bytes(content))
 
 
-def load_network(folder: Path | str) -> tuple[Network, dict[str, Any]]:
+def load_network(folder: Path | str) -> tuple[MultimodalNet | VisualNet, dict[str, Any]]:
     """Build the network that ``folder`` describes, with its weights, in evaluation mode on the CPU.
 
     Raises ``InputError`` when there is no such file, or it was not written by ``save_network``.
@@ -82,7 +82,7 @@ def load_network(folder: Path | str) -> tuple[Network, dict[str, Any]]:
     return net, meta
 
 
-def build_network(meta: Mapping[str, Any]) -> Network:
+def build_network(meta: Mapping[str, Any]) -> MultimodalNet | VisualNet:
     """A network of the kind in ``meta``, initialised from torch's global generator."""
     from pycdgkd.models.networks import build_multimodal, build_visual
 

@@ -21,7 +21,7 @@ Value: TypeAlias = int | float | str | tuple[float, ...]
 PRESETS = ("paper", "nano")
 TIES = ("low", "high", "drop")
 DIRECTIONS = ("reverse", "forward")
-STRATEGIES = ("subset", "all", "bernoulli_sum", "drop_one", "none")
+STRATEGIES = ("subset", "all", "bernoulli_sum", "drop_one", "previous", "none")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -108,8 +108,9 @@ class DistillConfig:
 
     kd_weight: the paper's beta. direction: "reverse" is KL(learner || source) as printed.
     temperature_power: exponent of the factor T**power before the KL term.
-    strategy: sources of one step, see ``pycdgkd.sample_sources``; "none" trains by cross-entropy
-    alone. drop_prob: probability that a source is left out of a step.
+    strategy: sources of one step, see ``pycdgkd.sample_sources``; "previous" is the network before
+    alone (TAKD), "none" trains by cross-entropy alone. drop_prob: probability that a source is left
+    out of a step.
     """
 
     kd_weight: float = 0.5

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from pycdgkd import losses
+from pycdgkd.models.networks import Network
 from pycdgkd.sampling import sample_sources
 
 from .config import DistillConfig
 from .environment import loss_device
-from .inference import Network, forward
+from .inference import forward
+from .objective import Objective
 from .recordings import Batch
 
 
-class Distillation:
+class Distillation(Objective):
     """Objective of the assistants and the student (Eq. 9).
 
     The train split is not augmented and the sources are frozen in evaluation mode, so their logits
@@ -39,14 +41,12 @@ class Distillation:
         self.generator = torch.Generator().manual_seed(seed)
         self.weights = torch.zeros(len(names))
 
-    def begin_epoch(self, net: Network) -> None:
-        """Nothing to prepare."""
-
     def begin_step(self) -> None:
         """Draw the sources of this step."""
         weights = sample_sources(
             len(self.table),
-            strategy=self.config.strategy,
+            # Of the network before alone there is nothing to draw.
+            strategy="all" if self.config.strategy == "previous" else self.config.strategy,
             drop_prob=self.config.drop_prob,
             generator=self.generator,
         )

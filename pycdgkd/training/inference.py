@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pycdgkd.models.networks import MultimodalNet, MultimodalOutput, VisualNet, VisualOutput
+from pycdgkd.models.networks import Network
 
 from .recordings import Batch, Indices, Recordings
 
-Output: TypeAlias = MultimodalOutput | VisualOutput
-Network: TypeAlias = MultimodalNet | VisualNet
+
+class Output(Protocol):
+    """What a network returns: its logits (B, K), and whatever else."""
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, K)."""
 
 
 def forward(net: Network, batch: Batch) -> Output:
     """Run a network on what it is allowed to see: a visual net never gets the EEG."""
-    if isinstance(net, MultimodalNet):
-        multimodal: MultimodalOutput = net(batch.video, batch.frame_mask, batch.eeg)
-        return multimodal
-    visual: VisualOutput = net(batch.video, batch.frame_mask)
-    return visual
+    output: Output = net(*(getattr(batch, name) for name in net.inputs))
+    return output
 
 
 @contextlib.contextmanager

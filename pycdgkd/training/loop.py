@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from pycdgkd.errors import InputError
+from pycdgkd.models.networks import Network
 
 from .checkpoint import load_state, save_state
 from .environment import derive_seed, describe, duration
-from .inference import Network, accuracy_and_loss, network_logits
+from .inference import accuracy_and_loss, network_logits
 from .logs import CsvLog
 from .objective import Objective
 from .task import FitState, Task, check_identity
@@ -36,9 +37,8 @@ class Fit:
     def __init__(self, net: Network, objective: Objective, task: Task) -> None:
         self.net, self.objective, self.task = net, objective, task
         optim = task.optim
-        self.optimizer = torch.optim.Adam(
-            net.parameters(), lr=optim.lr, weight_decay=optim.weight_decay
-        )
+        groups = [{"params": group} for group in objective.parameter_groups(net)]
+        self.optimizer = torch.optim.Adam(groups, lr=optim.lr, weight_decay=optim.weight_decay)
         self.order = torch.Generator().manual_seed(derive_seed(task.seed, task.seed_role, "order"))
         torch.manual_seed(derive_seed(task.seed, task.seed_role, "dropout"))
         self.state = FitState()
@@ -103,9 +103,9 @@ class Fit:
     def _step(self, step: int, positions: Tensor) -> Tensor:
         """One optimiser step; returns the values of the columns, on the device."""
         data, train = self.task.data, self.task.split.train
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.task.optim.lr_at(step)
         self.objective.begin_step()
+        for group, scale in zip(self.optimizer.param_groups, self.objective.scales(), strict=True):
+            group["lr"] = scale * self.task.optim.lr_at(step)
         self.optimizer.zero_grad(set_to_none=True)
         total: Tensor | None = None
         for part in torch.split(positions, self.task.optim.part_size):
@@ -114,6 +114,7 @@ class Fit:
             share = len(part) / len(positions)
             (loss * share).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             total = values * share if total is None else total + values * share
+        self.objective.adjust_gradients(self.net)
         self.optimizer.step()
         assert total is not None, "a batch has at least one sample"
         return total

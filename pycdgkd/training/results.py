@@ -18,9 +18,8 @@ from pycdgkd.files import write_atomically, write_text
 
 from . import metrics
 from .chain import Chain
-from .checkpoint import load_network
 from .inference import network_logits, probabilities
-from .task import FitState, check_identity
+from .task import FitState
 
 RESULTS = "results.json"
 
@@ -36,9 +35,7 @@ class Tested(NamedTuple):
 
 def test_network(chain: Chain, role: str) -> Tested:
     """Run the best-validation weights of one network over the test split."""
-    net, meta = load_network(chain.out / role)
-    check_identity(meta, chain.meta(role), chain.out / role)
-    net.to(chain.data.device)
+    net = chain.load(role)
     logits = network_logits(net, chain.data, chain.split.test, chain.config.optim.part_size).cpu()
     confusions = _trial_confusions(chain, logits.argmax(1).numpy())
     figures = metrics.score(confusions, chain.config.seed)

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from pycdgkd import losses
 from pycdgkd.bank import PrototypeBank
-from pycdgkd.models.networks import MultimodalNet, MultimodalOutput
+from pycdgkd.models.networks import MultimodalNet, MultimodalOutput, Network
 
 from .config import TeacherConfig
 from .environment import loss_device
-from .inference import Network, Output, evaluating, forward
+from .inference import Output, evaluating, forward
+from .objective import Objective
 from .recordings import Batch, Indices, Recordings
 
 MODALITIES = ("video", "eeg")
 
 
-class Rebalancing:
+class Rebalancing(Objective):
     """Objective of the teacher (Eq. 5).
 
     The prototypes (Eq. 1) are class means over the whole train split, taken in evaluation mode
@@ -62,9 +63,6 @@ class Rebalancing:
                     bank.update(features.to(self.place), batch.labels.to(self.place))
         for bank in self._banks():
             bank.refresh()
-
-    def begin_step(self) -> None:
-        """Nothing to draw."""
 
     def __call__(self, net: Network, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher loss of the batch; rates are given for one sample (the sums divided by B)."""
