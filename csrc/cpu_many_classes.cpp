@@ -104,12 +104,30 @@ class ManyClasses {
                                  &rate_[index]});
     if (grads_.features == nullptr) return;
     A* grad = space.grad + slot * rows_ * D;
-    matrix_product(products, view(prototypes(), K, D, stride()), view(grad, rows, D, D));
+    if (D < kThin) {
+      thin_product(x, rows, grad);
+    } else {
+      matrix_product(products, view(prototypes(), K, D, stride()), view(grad, rows, D, D));
+    }
     cpu::kernels().scale_rows(
         {rows, D, kWide, &grads_.factor, 0, grad,
          static_cast<char*>(grads_.features) + first * D * size_of(grads_.features_dtype),
          grads_.features_dtype},
         serially);
+  }
+
+  // grad = residual (rows, K) times prototypes (K, D), D < kThin, its pieces added up in double
+  void thin_product(A* residual, int64_t rows, A* grad) {
+    const int64_t D = m_.D;
+    std::vector<double> sums(static_cast<size_t>(rows * D));
+    for (int64_t first = 0; first < m_.K; first += kPiece) {
+      const int64_t classes = std::min(kPiece, m_.K - first);
+      matrix_product(view(residual + first, rows, classes, m_.K),
+                     view(prototypes() + first * stride(), classes, D, stride()),
+                     view(grad, rows, D, D));
+      for (int64_t j = 0; j < rows * D; ++j) sums[j] += static_cast<double>(grad[j]);
+    }
+    for (int64_t j = 0; j < rows * D; ++j) grad[j] = static_cast<A>(sums[j]);
   }
 
   void run_apart() {

@@ -41,6 +41,10 @@ class OneThread {
   int previous_;
 };
 
+// Products of fewer columns are summed class by class by some libraries, which costs digits where
+// there are thousands of classes: they are made of pieces of so many classes.
+inline constexpr int64_t kThin = 16, kPiece = 256;
+
 // A (rows, columns) array of the arithmetic type as torch sees it.
 inline Tensor array_view(void* data, int64_t rows, int64_t columns, bool wide, int64_t row_stride,
                          int64_t col_stride = 1) {

@@ -26,7 +26,9 @@ class Run {
         centred_(device.empty({block_rows_, m.modality.D}, type())),
         converts_(grads.features != nullptr && grads.features_dtype != arithmetic_dtype(m.wide)),
         grad_(device.output({block_rows_, m.modality.D}, type(), converts_)),
-        sum_(device.output({m.K, m.modality.D}, type(), grads.prototypes != nullptr)) {}
+        sum_(device.output({m.K, m.modality.D}, type(), grads.prototypes != nullptr)),
+        pieces_(device.output({(m.K + kPiece - 1) / kPiece, block_rows_, m.modality.D}, type(),
+                              grads.features != nullptr && m.modality.D < kThin)) {}
 
   void all() {
     for (int64_t first = 0; first < m_.N; first += block_rows_) block(first);
@@ -72,12 +74,32 @@ class Run {
   void feature_grad(const Tensor& residual, int64_t first, int64_t rows) {
     char* to = static_cast<char*>(grads_.features) + first * D() * size_of(grads_.features_dtype);
     void* made = converts_ ? grad_.mutable_data_ptr() : to;
-    matrix_product(residual, view(centred_at(stride_), m_.K, D(), stride_),
-                   view(made, rows, D(), D()));
+    if (D() < kThin) {
+      thin_product(rows, made);
+    } else {
+      matrix_product(residual, view(centred_at(stride_), m_.K, D(), stride_),
+                     view(made, rows, D(), D()));
+    }
     if (!converts_) return;
     const cuda::Factor one{1.0, {nullptr, 0, Dtype::float32}, nullptr};
     cuda::teacher_backward({rows, D(), 0, m_.wide, one, made, to, grads_.features_dtype, nullptr},
                            device_.stream());
+  }
+
+  // made = residual times prototypes, D < kThin
+  void thin_product(int64_t rows, void* made) {
+    auto* residual = static_cast<char*>(products_.mutable_data_ptr());
+    auto* pieces = static_cast<char*>(pieces_.mutable_data_ptr());
+    int64_t count = 0;
+    for (int64_t first = 0; first < m_.K; first += kPiece, ++count) {
+      const int64_t classes = std::min(kPiece, m_.K - first);
+      matrix_product(view(residual + first * bytes_, rows, classes, m_.K),
+                     view(centred_at((1 + first) * stride_), classes, D(), stride_),
+                     view(pieces + count * rows * D() * bytes_, rows, D(), D()));
+    }
+    Tensor sum = view(made, 1, rows * D(), rows * D());
+    const std::array<int64_t, 1> over{0};
+    torch::stable::sum_out(sum, view(pieces, count, rows * D(), rows * D()), over, true);
   }
 
   void prototype_grad(int64_t first, int64_t rows) {
@@ -95,7 +117,7 @@ class Run {
   int64_t bytes_, stride_, block_rows_;
   Tensor products_, centred_;
   bool converts_;  // the product is not of the features' dtype
-  Tensor grad_, sum_;
+  Tensor grad_, sum_, pieces_;
 };
 
 }  // namespace

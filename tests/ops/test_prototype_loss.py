@@ -87,6 +87,12 @@ MANY_CLASSES = [
 ]
 
 
+@pytest.mark.parametrize("D", [1, 2, 15, 16])
+def test_thin_products_over_many_classes_keep_their_digits(D: int) -> None:
+    """Some libraries sum them class by class: ten times the error that is allowed."""
+    compare(*problem(200, 20000, D), scale=0.7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K", "D"), SHAPES + MANY_CLASSES)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
