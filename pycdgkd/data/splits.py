@@ -308,6 +308,33 @@ def _stratified(
     return part_of
 
 
+def cross_fit(
+    split: Split, samples: Mapping[str, npt.NDArray[Any]], folds: int
+) -> list[tuple[Split, Indices]]:
+    """Each fold of the train trials left out in turn.
+
+    Returns for each the split without it, which tests nothing, and the places of the samples left
+    out in the train split.
+    Raises ``InputError`` when there are fewer trials than folds, or less than two folds.
+    """
+    keys = trial_keys(samples, split.train)
+    trials = sorted(set(keys))
+    if not 2 <= folds <= len(trials):
+        raise InputError(
+            f"cross-fitting needs 2 folds or more, and as many train trials; got {folds} folds of "
+            f"{len(trials)} trials"
+        )
+    order = np.random.default_rng([split.seed, folds]).permutation(len(trials))
+    fold_of = {trials[i]: place % folds for place, i in enumerate(order.tolist())}
+    owner = np.array([fold_of[key] for key in keys])
+    fitted = []
+    for fold in range(folds):
+        parts = [split.train[owner != fold], split.val, split.test[:0]]
+        own = Split(*parts, split.seed, _split_hash(samples, parts), split.kind, split.fold)
+        fitted.append((own, np.flatnonzero(owner == fold)))
+    return fitted
+
+
 def _split_hash(samples: Mapping[str, npt.NDArray[Any]], parts: Sequence[Indices]) -> str:
     digest = hashlib.sha256()
     for name, indices in zip(Split.PARTS, parts, strict=True):

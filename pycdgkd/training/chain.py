@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pycdgkd.data.splits import Split
+from pycdgkd.data.splits import Split, cross_fit
 from pycdgkd.models.networks import MultimodalNet, Network, VisualNet, load_frame_encoder_weights
 
 from .checkpoint import build_network, load_network, save_network
@@ -20,7 +20,7 @@ from .environment import Progress, derive_seed
 from .inference import network_logits
 from .loop import Fit
 from .objective import CrossEntropy, Objective
-from .recordings import Recordings, eeg_statistics
+from .recordings import Indices, Recordings, eeg_statistics
 from .task import FitState, Task, check_identity, finished_state
 from .teacher import Rebalancing
 
@@ -114,12 +114,35 @@ class Chain:
         return net.to(self.data.device)
 
     def frozen_logits(self, role: str) -> Tensor:
-        """Logits (n, K) of a trained network on the train split, from its saved weights."""
+        """Logits (n, K) on the train split that a source of this name guides with."""
         if role not in self.source_logits:
-            net = self.load(role).requires_grad_(False)
-            size = self.config.optim.part_size
-            self.source_logits[role] = network_logits(net, self.data, self.split.train, size)
+            outside = self.config.distill.guidance == "out-of-fold"
+            self.source_logits[role] = (
+                self._out_of_fold_logits(role) if outside else self._logits(role, self.split.train)
+            )
         return self.source_logits[role]
+
+    def _logits(self, role: str, indices: Indices) -> Tensor:
+        net = self.load(role).requires_grad_(False)
+        return network_logits(net, self.data, indices, self.config.optim.part_size)
+
+    def _out_of_fold_logits(self, role: str) -> Tensor:
+        """Each sample's logits from a network that never saw its trial, nor did its sources."""
+        distill = self.config.distill
+        config = replace(self.config, distill=replace(distill, guidance="in-sample"))
+        logits = None
+        fitted = cross_fit(self.split, self.data.cache.samples, distill.folds)
+        for fold, (split, places) in enumerate(fitted, start=1):
+            out = self.out / "out_of_fold" / f"fold_{fold:02d}"
+            inner = Chain(config, out, self.data, split, _prefixed(self.progress, f"fold {fold} "))
+            for name in config.roles[: config.roles.index(role) + 1]:
+                inner.train_network(name)
+            mine = inner._logits(role, self.split.train[places])
+            if logits is None:
+                logits = mine.new_empty(len(self.split.train), mine.shape[1])
+            logits[places] = mine
+        assert logits is not None, "there are two folds at least"
+        return logits
 
     def train_network(self, role: str) -> FitState:
         """Train one network, unless it is trained; its sources must be."""
@@ -170,6 +193,10 @@ class Chain:
             assert isinstance(net, MultimodalNet), "the teacher sees both modalities"
             return Rebalancing(config.teacher, net, self.data, self.split.train, size)
         return CrossEntropy()
+
+
+def _prefixed(progress: Progress, prefix: str) -> Progress:
+    return None if progress is None else lambda line: progress(prefix + line)
 
 
 def _seed_role(role: str) -> str:

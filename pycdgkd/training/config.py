@@ -20,6 +20,7 @@ Value: TypeAlias = int | float | str | tuple[float, ...]
 
 PRESETS = ("paper", "nano")
 TIES = ("low", "high", "drop")
+GUIDANCES = ("in-sample", "out-of-fold")
 DIRECTIONS = ("reverse", "forward")
 STRATEGIES = ("subset", "all", "bernoulli_sum", "drop_one", "previous", "none")
 
@@ -111,6 +112,9 @@ class DistillConfig:
     strategy: sources of one step, see ``pycdgkd.sample_sources``; "previous" is the network before
     alone (TAKD), "none" trains by cross-entropy alone. drop_prob: probability that a source is left
     out of a step.
+    guidance: "in-sample", the sources' logits on the samples they were trained on; "out-of-fold",
+    those of sources trained without the sample's trial, one for each of the folds: networks are
+    over-confident on samples that they were trained on, and repeat what is wrong in the labels.
     """
 
     kd_weight: float = 0.5
@@ -119,6 +123,8 @@ class DistillConfig:
     temperature_power: float = 0.0
     strategy: str = "subset"
     drop_prob: float = 0.5
+    guidance: str = "in-sample"
+    folds: int = 5
 
     def __post_init__(self) -> None:
         """Raise ``InputError`` for any value that cannot be meant."""
@@ -128,6 +134,8 @@ class DistillConfig:
         _within("distill.temperature_power", self.temperature_power, 0.0, 4.0)
         _choice("distill.strategy", self.strategy, STRATEGIES)
         _share("distill.drop_prob", self.drop_prob)
+        _choice("distill.guidance", self.guidance, GUIDANCES)
+        _within("distill.folds", self.folds, 2)
 
 
 @dataclass(frozen=True)

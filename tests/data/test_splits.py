@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pycdgkd.data import Split, trial_split
-from pycdgkd.data.splits import draw_split, fold_count
+from pycdgkd.data.splits import cross_fit, draw_split, fold_count, trial_keys
 from pycdgkd.errors import InputError
 
 Samples = dict[str, npt.NDArray[np.int64]]
@@ -226,3 +226,23 @@ def test_a_saved_split_keeps_its_kind(tmp_path: Path) -> None:
     split.save(tmp_path / "split.json")
     read = Split.load(tmp_path / "split.json")
     assert (read.kind, read.fold, read.hash) == ("loso", 3, split.hash)
+
+
+def test_cross_fitting_leaves_every_train_trial_out_once() -> None:
+    samples = table(3, 10, 2)
+    split = trial_split(samples, seed=3)
+    fitted = cross_fit(split, samples, 4)
+    places = np.concatenate([left for _, left in fitted])
+    assert sorted(places.tolist()) == list(range(len(split.train)))
+    for own, left in fitted:
+        own.check(samples)
+        np.testing.assert_array_equal(own.val, split.val)
+        assert len(own.test) == 0
+        outside = split.train[left]
+        assert not set(own.train.tolist()) & set(outside.tolist())
+        assert len(own.train) + len(left) == len(split.train)
+        assert not set(trial_keys(samples, own.train)) & set(trial_keys(samples, outside))
+    assert len({own.hash for own, _ in fitted}) == 4
+    for folds in (1, 10_000):
+        with pytest.raises(InputError, match="cross-fitting needs 2 folds or more"):
+            cross_fit(split, samples, folds)

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from pycdgkd import reference
 from pycdgkd.data.cache import Cache
-from pycdgkd.data.splits import Split, trial_split
+from pycdgkd.data.splits import Split, cross_fit, trial_split
 from pycdgkd.errors import InputError
 from pycdgkd.models.networks import MultimodalNet, VisualNet
 from pycdgkd.training.chain import Chain
 from pycdgkd.training.checkpoint import load_network
 from pycdgkd.training.config import DistillConfig, TrainConfig
 from pycdgkd.training.distill import Distillation
-from pycdgkd.training.inference import forward
+from pycdgkd.training.inference import forward, network_logits
 from pycdgkd.training.recordings import Recordings
 from pycdgkd.training.run import train
 
@@ -200,3 +200,30 @@ def test_source_of_another_split_is_refused(cache: Path, quick: TrainConfig, fin
         InputError, match=r"trained with another split hash: .* expected ffffffffffff"
     ):
         Chain(quick, finished[0], chain.data, other).frozen_logits("teacher")
+
+
+def test_out_of_fold_guidance_comes_from_networks_that_never_saw_the_sample(
+    cache: Path, quick: TrainConfig, tmp_path: Path
+) -> None:
+    """Each row is what the fold's own network, trained without the row's trial, says of it."""
+    distill = replace(quick.distill, guidance="out-of-fold", folds=2)
+    config = replace(quick, distill=distill, optim=replace(quick.optim, epochs=1))
+    data = Recordings.open(Cache.open(cache), config, torch.device("cpu"))
+    split = trial_split(data.cache.samples, seed=0, fractions=quick.split.fractions)
+    chain = Chain(config, tmp_path, data, split)
+    table = chain.frozen_logits("assistant_1")
+    assert table.shape == (len(split.train), 2)
+    assert torch.isfinite(table).all()
+    hashes = set()
+    for fold, (own, left) in enumerate(cross_fit(split, data.cache.samples, 2), start=1):
+        folder = tmp_path / "out_of_fold" / f"fold_{fold:02d}"
+        assert sorted(path.name for path in folder.iterdir()) == ["assistant_1", "teacher"]
+        net, meta = load_network(folder / "assistant_1")
+        assert meta["split_hash"] == own.hash
+        hashes.add(own.hash)
+        expected = network_logits(net, data, split.train[left], 16)
+        torch.testing.assert_close(table[left], expected)
+    assert len(hashes | {split.hash}) == 3
+    # What was trained once is not trained again, and the run itself has no such network.
+    assert torch.equal(Chain(config, tmp_path, data, split).frozen_logits("assistant_1"), table)
+    assert not (tmp_path / "assistant_1").exists()
