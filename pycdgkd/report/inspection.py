@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME = "inspect.html"
 FACES = 8  # of each subject
 EDGE = 96  # pixels of a shown face
+COLUMNS = 4  # of every figure, so that one subject's is not drawn larger than many's
 MISSES = 3  # of the shown ones at most, where there are any
 
 
@@ -152,9 +153,8 @@ def _labels(cache: Cache) -> Figure:
     """A histogram of each label over the trials, ratings on their scale, classes by name."""
     first = np.unique(np.array(_trial_keys(cache)), axis=0, return_index=True)[1]
     names = list(cache.labels)
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = new_figure(2.4 * columns + 0.3, 2.1 * rows, rows, columns)
+    rows = -(-len(names) // COLUMNS)
+    figure, axes = new_figure(2.4 * COLUMNS + 0.3, 2.1 * rows, rows, COLUMNS)
     for place, name in zip(axes, names, strict=False):
         values = cache.samples[name][first]
         place.set_title(name)
@@ -164,8 +164,11 @@ def _labels(cache: Cache) -> Figure:
             place.barh(classes, [counts[k] for k in range(len(classes))], color=BLUE)
             place.invert_yaxis()
         else:
-            place.hist(values, bins=np.arange(0.75, 9.5, 0.5).tolist(), color=BLUE)
-            place.axvline(5, color=VERMILION, linestyle=(0, (4, 3)), linewidth=1.2)
+            on_scale = values.min() >= 1 and values.max() <= 9
+            bins = np.arange(0.75, 9.5, 0.5).tolist() if on_scale else 17
+            place.hist(values, bins=bins, color=BLUE)
+            if values.min() <= 5 <= values.max():
+                place.axvline(5, color=VERMILION, linestyle=(0, (4, 3)), linewidth=1.2)
             high, ties = int((values > 5).sum()), int((values == 5).sum())
             place.set_xlabel(f"{high} of {len(values)} trials above 5, {ties} at 5")
     for place in axes[len(names) :]:
@@ -175,9 +178,8 @@ def _labels(cache: Cache) -> Figure:
 
 def _spectra(cache: Cache, numbers: list[int]) -> Figure:
     """Power of every subject's EEG before and after filtering."""
-    columns = min(4, len(numbers))
-    rows = -(-len(numbers) // columns)
-    figure, axes = new_figure(2.4 * columns + 0.3, 1.9 * rows, rows, columns)
+    rows = -(-len(numbers) // COLUMNS)
+    figure, axes = new_figure(2.4 * COLUMNS + 0.3, 1.9 * rows, rows, COLUMNS)
     hertz = np.arange(cache.spectra.shape[2])
     tiny = np.finfo(np.float64).tiny
     for place, number, (raw, clean) in zip(axes, numbers, cache.spectra, strict=False):
