@@ -330,7 +330,8 @@ def cross_fit(
     fitted = []
     for fold in range(folds):
         parts = [split.train[owner != fold], split.val, split.test[:0]]
-        own = Split(*parts, split.seed, _split_hash(samples, parts), split.kind, split.fold)
+        digest = _split_hash(samples, parts)
+        own = Split(parts[0], parts[1], parts[2], split.seed, digest, split.kind, split.fold)
         fitted.append((own, np.flatnonzero(owner == fold)))
     return fitted
 

@@ -97,7 +97,7 @@ def test_override_beats_file_and_file_beats_preset(tmp_path: Path) -> None:
         ("distill.temperature=0", "distill.temperature"),
         ("distill.temperature_power=-1", "distill.temperature_power"),
         ("distill.direction=backward", "must be one of reverse, forward; got 'backward'"),
-        ("distill.strategy=some", "must be one of subset, all, bernoulli_sum, drop_one, previous, none"),
+        ("distill.strategy=some", "must be one of subset, all, bernoulli_sum, drop_one"),
         ("distill.drop_prob=1", "distill.drop_prob must be a number from 0 to below 1"),
         ("split.fractions=0.9,0.1", "three positive numbers that sum to 1; got 0.9, 0.1"),
         ("split.fractions=0.9,0.1,x", "split.fractions must be a list of numbers"),
