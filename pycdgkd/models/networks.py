@@ -95,17 +95,9 @@ class VisualBranch(nn.Module):
         without any valid frame raises ``InputError``. (On a GPU a mask costs one synchronisation.)
         """
         _check_video(video, frame_mask)
-        batch, count = video.shape[:2]
-        frames = video.flatten(0, 1)
-        if frame_mask is None or bool(frame_mask.all()):
+        if frame_mask is not None and bool(frame_mask.all()):
             frame_mask = None
-            features = self._encode(frames)
-        else:
-            _check_rows(frame_mask)
-            index = frame_mask.flatten().nonzero().squeeze(1)
-            valid = self._encode(frames[index])
-            features = valid.new_zeros(batch * count, valid.shape[1]).index_copy(0, index, valid)
-        features = self._relate(features.view(batch, count, features.shape[1]), frame_mask)
+        features = self._relate(self.frame_features(video, frame_mask), frame_mask)
         if frame_mask is None:
             pooled = features.mean(dim=1)
         else:
@@ -113,6 +105,23 @@ class VisualBranch(nn.Module):
             pooled = (features * weight).sum(dim=1) / weight.sum(dim=1)
         z: Tensor = self.project(pooled)
         return z
+
+    def frame_features(self, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """What ``frame_encoder`` says of each frame alone, (B, T, encoder_dim); padding is zero.
+
+        Arguments and errors are those of ``forward``.
+        """
+        _check_video(video, frame_mask)
+        batch, count = video.shape[:2]
+        frames = video.flatten(0, 1)
+        if frame_mask is None:
+            features = self._encode(frames)
+        else:
+            _check_rows(frame_mask)
+            index = frame_mask.flatten().nonzero().squeeze(1)
+            valid = self._encode(frames[index])
+            features = valid.new_zeros(batch * count, valid.shape[1]).index_copy(0, index, valid)
+        return features.view(batch, count, features.shape[1])
 
     def _encode(self, frames: Tensor) -> Tensor:
         """Frames (n, 3, H, W) in 0..255 or 0..1 -> (n, encoder_dim)."""
@@ -176,14 +185,18 @@ class EEGBranch(nn.Module):
         self.eeg_mean.copy_(mean)
         self.eeg_std.copy_(std)
 
-    def forward(self, eeg: Tensor) -> Tensor:
-        """(B, n_chans, L) microvolts -> (B, dim)."""
+    def standardise(self, eeg: Tensor) -> Tensor:
+        """(B, n_chans, L) microvolts -> scores (B, 1, n_chans, L), what ``encoder`` takes."""
         if eeg.dim() != 3 or eeg.shape[1] != self.eeg_mean.shape[0]:
             raise ValueError(
                 f"EEGBranch: eeg: expected (B, {self.eeg_mean.shape[0]}, L); got {tuple(eeg.shape)}"
             )
         scores = (eeg - self.eeg_mean.unsqueeze(1)) / self.eeg_std.unsqueeze(1)
-        z: Tensor = self.project(self.encoder(scores.unsqueeze(1)))
+        return scores.unsqueeze(1)
+
+    def forward(self, eeg: Tensor) -> Tensor:
+        """(B, n_chans, L) microvolts -> (B, dim)."""
+        z: Tensor = self.project(self.encoder(self.standardise(eeg)))
         return z
 
 

@@ -190,7 +190,8 @@ class PyramidVisionTransformer(nn.Module):
         for i, patch in enumerate(self.patch_sizes):
             grid = (grid[0] // patch, grid[1] // patch)
             tokens = self.get_submodule(f"patch_embed{i + 1}")(images)
-            positions = self.get_parameter(f"pos_embed{i + 1}")
+            # Not get_parameter(): in a functional call a tensor stands in for the parameter.
+            positions: Tensor = getattr(self, f"pos_embed{i + 1}")
             if i == 3:
                 tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
             tokens = tokens + resize_positions(positions, grid, extra=int(i == 3))

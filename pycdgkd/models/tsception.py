@@ -104,7 +104,7 @@ class TSceptionEncoder(nn.Module):
         self.spatial_pool = max(1, pool // 4)
         kernels = [int(window * sfreq) for window in windows]
         _check_sizes(n_chans, spatial, num_temporal, num_spatial, pool)
-        self._check_times(windows, kernels)
+        self.num_steps = self._count_steps(windows, kernels)
 
         self.temporal = nn.ModuleList(TemporalConv(num_temporal, k, pool) for k in kernels)
         self.norm_temporal = nn.BatchNorm2d(num_temporal)
@@ -122,22 +122,29 @@ class TSceptionEncoder(nn.Module):
         self.fusion = nn.Conv2d(width, num_spatial, (rows, 1))
         self.norm_fusion = nn.BatchNorm2d(num_spatial)
 
-    def _check_times(self, windows: Sequence[float], kernels: Sequence[int]) -> None:
+    def _count_steps(self, windows: Sequence[float], kernels: Sequence[int]) -> int:
+        """How many time steps the three poolings leave of a segment."""
         if not kernels or min(kernels) < 1:
             raise InputError(
                 f"TSception: every window must last at least one sample; "
                 f"got windows of {tuple(windows)} s = {tuple(kernels)} samples"
             )
         widths = [max(0, self.n_times - k + 1) // self.pool for k in kernels]
-        if min(widths) < 1 or sum(widths) // self.spatial_pool < _FUSION_POOL:
+        steps = sum(widths) // self.spatial_pool // _FUSION_POOL
+        if min(widths) < 1 or steps < 1:
             raise InputError(
                 f"TSception: a segment of {self.n_times} samples is too short for windows of "
                 f"{tuple(kernels)} samples pooled by {self.pool}, {self.spatial_pool} and "
                 f"{_FUSION_POOL}; remedy: longer segments, shorter windows or a smaller pool"
             )
+        return steps
 
     def forward(self, eeg: Tensor) -> Tensor:
         """(B, 1, n_chans, n_times), any unit -> (B, num_spatial)."""
+        return self.time_steps(eeg).mean(dim=2)
+
+    def time_steps(self, eeg: Tensor) -> Tensor:
+        """What ``forward`` takes the mean of: (B, num_spatial, num_steps)."""
         if eeg.dim() != 4 or eeg.shape[1:] != (1, self.n_chans, self.n_times):
             raise ValueError(
                 f"TSceptionEncoder: eeg: expected (B, 1, {self.n_chans}, {self.n_times}); "
@@ -152,8 +159,8 @@ class TSceptionEncoder(nn.Module):
             x = x.mean(dim=2, keepdim=True)  # (B, T, 1, W)
         x = self.norm_spatial(F.avg_pool2d(x, (1, self.spatial_pool)))
         x = F.avg_pool2d(F.leaky_relu(self.fusion(x), _SLOPE), (1, _FUSION_POOL))
-        features: Tensor = self.norm_fusion(x).mean(dim=(2, 3))
-        return features
+        steps: Tensor = self.norm_fusion(x).squeeze(2)
+        return steps
 
 
 def _check_sizes(

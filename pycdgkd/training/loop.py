@@ -104,8 +104,6 @@ class Fit:
         """One optimiser step; returns the values of the columns, on the device."""
         data, train = self.task.data, self.task.split.train
         self.objective.begin_step()
-        for group, scale in zip(self.optimizer.param_groups, self.objective.scales(), strict=True):
-            group["lr"] = scale * self.task.optim.lr_at(step)
         self.optimizer.zero_grad(set_to_none=True)
         total: Tensor | None = None
         for part in torch.split(positions, self.task.optim.part_size):
@@ -115,6 +113,8 @@ class Fit:
             (loss * share).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             total = values * share if total is None else total + values * share
         self.objective.adjust_gradients(self.net)
+        for group, scale in zip(self.optimizer.param_groups, self.objective.scales(), strict=True):
+            group["lr"] = scale * self.task.optim.lr_at(step)
         self.optimizer.step()
         assert total is not None, "a batch has at least one sample"
         return total
@@ -134,7 +134,7 @@ class Fit:
         accuracy, loss = accuracy_and_loss(logits, task.data, task.split.val)
         state.epoch += 1
         best = state.judge(accuracy, loss)
-        if best:
+        if best or task.keep_last:
             self.best = {k: v.detach().cpu().clone() for k, v in self.net.state_dict().items()}
         means = (table * sizes[:, None]).sum(0) / sizes.sum()
         named = dict(zip(self.objective.columns, means.tolist(), strict=True))

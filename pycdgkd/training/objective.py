@@ -34,7 +34,7 @@ class Objective:
         return [list(net.parameters())]
 
     def scales(self) -> Sequence[float]:
-        """Factors of the learning rate of a step, one for each group."""
+        """Factors of a step's learning rate, one a group; asked for after the step's losses."""
         return (1.0,)
 
     def begin_epoch(self, net: Network) -> None:

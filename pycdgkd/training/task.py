@@ -22,7 +22,8 @@ class Task:
     """Everything about one training but the network and its objective.
 
     folder: the network's own. seed_role: name from which the batch order and dropout are seeded.
-    identity: plain values that a checkpoint must share to be resumed.
+    identity: plain values that a checkpoint must share to be resumed. keep_last: leave the last
+    epoch's weights, not the best; for pre-training, which validation accuracy cannot judge.
     """
 
     role: str
@@ -35,6 +36,7 @@ class Task:
     seed_role: str
     identity: dict[str, Any]
     progress: Progress = None
+    keep_last: bool = False
 
     def say(self, text: str) -> None:
         """One line of progress."""
