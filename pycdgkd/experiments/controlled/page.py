@@ -1,0 +1,58 @@
+"""The page of a controlled study, written from controlled.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pycdgkd import report
+from pycdgkd.errors import require
+from pycdgkd.files import write_text
+
+from .figures import claim_figure
+from .verdicts import LEVEL, MARGIN, tally
+
+NAME = "controlled.html"
+
+
+def write_page(out: Path, results: Mapping[str, Any]) -> Path:
+    """Write ``out``/controlled.html from the content of controlled.json; returns its path."""
+    jinja2 = require("jinja2", "train")
+    folders = [Path(__file__).parent, Path(report.__file__).parent]  # the latter for the style
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        points=lambda share: f"{100 * share:+.1f}",
+        share=lambda value: f"{value:.3f}",
+        probability=lambda p: f"{p:.3f}" if p >= 0.001 else "< 0.001",
+    )
+    drawing: Callable[[str], Any] = require("markupsafe", "train").Markup
+    text = environment.get_template("page.html.j2").render(
+        results=results,
+        conditions={entry["name"]: entry for entry in results["conditions"]},
+        figures={claim["key"]: drawing(claim_figure(claim)) for claim in results["claims"]},
+        tallies=[(claim, _tallies(claim)) for claim in results["claims"]],
+        level=LEVEL,
+        margin=MARGIN,
+        least_p=2.0 ** (1 - len(results["seeds"])),
+    )
+    path = out / NAME
+    write_text(path, str(text))
+    return path
+
+
+def _tallies(claim: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """For each comparison of a claim its conditions by verdict."""
+    return [
+        (
+            comparison["title"],
+            tally({name: e["verdict"] for name, e in comparison["by_condition"].items()}),
+        )
+        for comparison in claim["comparisons"]
+    ]
