@@ -124,7 +124,9 @@ def train(arguments: argparse.Namespace) -> int:
         for name in ("label", "seed", "device")
         if getattr(arguments, name) is not None
     ]
-    flags += _split_flags(arguments.split)
+    flags += split_flags(arguments.split)
+    if arguments.guidance is not None:
+        flags.append(f"distill.guidance={arguments.guidance}")
     config = load_config(config_file, [*flags, *arguments.overrides], arguments.preset)
     check_cache(arguments.cache)
     if arguments.split is not None and is_folded(config.split.kind):
@@ -149,7 +151,7 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _split_flags(split: str | None) -> list[str]:
+def split_flags(split: str | None) -> list[str]:
     """Overrides for "--split subject-kfold:5"."""
     if split is None:
         return []

@@ -14,7 +14,7 @@ from pycdgkd import __version__
 from pycdgkd.data.kinds import KINDS
 from pycdgkd.errors import InputError
 
-from . import commands
+from . import commands, experiment
 from .demo import SIZES, demo
 
 _DESCRIPTION = (
@@ -166,6 +166,11 @@ def _add_train(parser: Parser) -> None:
     parser.add_argument(
         "--folds", metavar="I,J", help="train these folds only and sum up all that are there"
     )
+    parser.add_argument(
+        "--guidance",
+        metavar="NAME",
+        help="in-sample, or out-of-fold: no sample is taught by a network that saw its label",
+    )
     parser.add_argument("--seed", metavar="N", help="seed of everything that is drawn")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument(
@@ -277,6 +282,12 @@ _COMMANDS = {
     ),
     "predict": (commands.predict, _add_predict, _NOTHING_KEPT, "emotion over time of a video"),
     "report": (commands.report, _add_report, _NOTHING_KEPT, "write a run's report.html again"),
+    "experiment": (
+        experiment.experiment,
+        experiment.add_arguments,
+        _AGAIN,
+        "the paper's tables with every method, or a controlled study of its claims",
+    ),
     "bench": (commands.bench, _add_bench, _NOTHING_KEPT, "time the losses beside their peers"),
     "doctor": (commands.doctor, _add_nothing, _NOTHING_KEPT, "check this installation"),
 }

@@ -109,8 +109,7 @@ class Bench:
         roles = [role for role in config.roles if role.startswith("assistant")]
         spent = sum(chain.train_network(role).seconds for role in roles)
         state = chain.train_network("student")
-        note = [f"its {assistants} assistants took {spent:.0f} s more"] if assistants else []
-        return self.classifier(chain.load("student"), state, *note)
+        return self.classifier(chain.load("student"), state, spent=spent)
 
     def visual_net(self) -> VisualNet:
         """A student with initial weights, the same for every method of a seed."""
@@ -146,14 +145,24 @@ class Bench:
         return seed
 
     def fit(
-        self, role: str, net: Network, objective: Objective, *, seed_role: str = "student"
+        self,
+        role: str,
+        net: Network,
+        objective: Objective,
+        *,
+        seed_role: str = "student",
+        epochs: int | None = None,
     ) -> FitState:
         """Train ``net`` with the schedule that all methods share; leaves the best weights in it.
 
         The best epoch is that of the highest validation accuracy. Interrupted trainings go on,
         finished ones are loaded. role: a name within the method. seed_role: whose batch order and
-        dropout it shares.
+        dropout it shares. epochs: for pre-training, which validation accuracy cannot judge: train
+        exactly so many and leave the last weights.
         """
+        optim = self.config.optim
+        if epochs is not None:
+            optim = replace(optim, epochs=epochs, patience=epochs)
         folder = self.out / self.method / role
         identity = {
             "method": self.method,
@@ -166,11 +175,12 @@ class Bench:
             folder=folder,
             data=self.data,
             split=self.split,
-            optim=self.config.optim,
+            optim=optim,
             seed=self.config.seed,
             seed_role=seed_role,
             identity=identity,
             progress=self.progress,
+            keep_last=epochs is not None,
         )
         done = finished_state(folder, identity)
         safetensors = require("safetensors.torch", "train")
@@ -185,12 +195,14 @@ class Bench:
         fit.finish()
         return state
 
-    def classifier(self, net: Network, state: FitState, *notes: str) -> Classifier:
-        """What ``fit`` left, as a method returns it."""
+    def classifier(
+        self, net: Network, state: FitState, *notes: str, spent: float = 0.0
+    ) -> Classifier:
+        """What ``fit`` left, as a method returns it; spent: seconds on what it learned from."""
         return Classifier(
             logits=lambda data, indices: self.logits(net, data, indices),
             parameters=sum(p.numel() for p in net.parameters()),
-            seconds=state.seconds,
+            seconds=state.seconds + spent,
             epochs=state.epoch,
             val_accuracy=state.best_accuracy,
             notes=[*state.notes, *notes],

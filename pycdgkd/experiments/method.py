@@ -23,8 +23,9 @@ class Classifier:
     """What training leaves.
 
     logits: gives the (n, K) logits (or log-probabilities) of recordings at cache indices (n,), on
-    the CPU. parameters: of the network in use. seconds: of its training, without what it learned
-    from. epochs: trained. val_accuracy: on the validation split. notes: what a reader should know.
+    the CPU. parameters: of the network in use. seconds: of training it and what it learned from
+    but for the teacher that all share. epochs: trained. val_accuracy: on the validation split.
+    notes: what a reader should know.
     """
 
     logits: Callable[[Recordings, Indices], Tensor]

@@ -45,7 +45,8 @@ def open_bench(data: Recordings, tmp_path: Path) -> Callable[..., Bench]:
     """A bench for a method, with the settings it has by default."""
 
     def open_one(method: Method, config: TrainConfig = LEARNING) -> Bench:
+        mine = Recordings.open(data.cache, config, data.device)
         split = trial_split(data.cache.samples, seed=0, fractions=config.split.fractions)
-        return Bench.open(config, data, split, tmp_path, method.name, method.settings)
+        return Bench.open(config, mine, split, tmp_path, method.name, method.settings)
 
     return open_one

@@ -1,34 +1,62 @@
-"""Every method of the tables trains on the small cache, and is better than chance there."""
+"""Every method of the tables learns on the small cache, and is loaded instead of trained again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass, replace
 
 import pytest
+import torch
 
 from pycdgkd.data.splits import trial_split
 from pycdgkd.errors import InputError
 from pycdgkd.experiments.bench import Bench
+from pycdgkd.experiments.catalogue import METHODS, TABLES, find_method
 from pycdgkd.experiments.method import Method
-from pycdgkd.experiments.methods import distilled, multimodal
 from pycdgkd.training.recordings import Recordings
 
-from .conftest import QUICK
-
-METHODS = [
-    *(distilled.ALONE, distilled.KD, distilled.TAKD, distilled.DGKD),
-    *(distilled.CDGKD_ALL, distilled.CDGKD),
-    *(multimodal.VIDEO, multimodal.EEG, multimodal.FUSION, multimodal.REBALANCED),
-]
+from .conftest import LEARNING
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_learns(method: Method, open_bench: Callable[..., Bench], data: Recordings) -> None:
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_learns_and_is_loaded_again(
+    method: Method, open_bench: Callable[..., Bench], data: Recordings
+) -> None:
     bench = open_bench(method)
     classifier = method.train(bench, method.settings)
-    test = trial_split(data.cache.samples, seed=0, fractions=QUICK.split.fractions).test
-    right = classifier.logits(data, test).argmax(1).numpy() == data.labels[test]
-    assert right.mean() > 0.7
+    test = trial_split(data.cache.samples, seed=0, fractions=LEARNING.split.fractions).test
+    logits = classifier.logits(data, test)
+    assert logits.shape == (len(test), 2)
+    assert (logits.argmax(1).numpy() == data.labels[test]).mean() > 0.7
     assert classifier.val_accuracy > 0.6
+    assert classifier.parameters > 0
     with pytest.raises(InputError, match="leakage: a method asked for samples of the test split"):
         bench.data.batch(test[:1])
+    # What was trained is taken up again, not trained anew, and gives the same answers.
+    again = method.train(open_bench(method), method.settings)
+    torch.testing.assert_close(again.logits(data, test), logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_three_classes(method: Method, open_bench: Callable[..., Bench]) -> None:
+    config = replace(LEARNING, label="mood", optim=replace(LEARNING.optim, epochs=1))
+    bench = open_bench(method, config)
+    classifier = method.train(bench, method.settings)
+    assert classifier.logits(bench.data, bench.split.val).shape == (len(bench.split.val), 3)
+
+
+def test_settings_are_frozen_and_described() -> None:
+    for method in METHODS.values():
+        assert is_dataclass(method.settings)
+        assert method.settings.__dataclass_params__.frozen, method.name
+        assert (type(method.settings).__doc__ or "").strip(), method.name
+
+
+def test_tables_name_methods_that_there_are() -> None:
+    for table in TABLES.values():
+        assert set(table.rows) <= set(METHODS)
+        assert table.interest in table.rows
+        assert {name for name, _, _ in table.printed} <= set(table.rows)
+    assert {row for table in TABLES.values() for row in table.rows} == set(METHODS)
+    with pytest.raises(InputError, match=r"unknown method 'fitnet'; nearest of .*: 'fitnets'"):
+        find_method("fitnet")
