@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 OTHER_TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz emulate gpu-resources gpu-check bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
+.PHONY: install demo test lint fuzz evidence evidence-quick emulate gpu-resources gpu-check bench bench-smoke bench-report bench-table sanitize wheel wheel-proof clean
 
 install: $(VENV)/.built
 
@@ -40,6 +40,13 @@ lint: install
 INPUTS ?= 20000
 fuzz: install
 	$(BIN)/python tests/fuzz/fuzz.py $(INPUTS)
+
+# The controlled study of the paper's claims; `evidence` is what benchmarks/evidence holds.
+evidence: install
+	$(BIN)/pycdgkd experiment controlled --out benchmarks/evidence --jobs 2
+
+evidence-quick: install
+	$(BIN)/pycdgkd experiment controlled --size quick --out build/evidence --jobs 2
 
 # Kernel, op and public function of every case, timed apart.
 bench: install
