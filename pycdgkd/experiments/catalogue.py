@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pycdgkd.errors import InputError
@@ -30,6 +30,7 @@ METHODS: dict[str, Method] = {
         cnn_svm.METHOD, cnn_lstm.METHOD, emotionkd.TEACHER, dgc_jca.METHOD, pmr.METHOD,
         ogm_ge.METHOD, distilled.ALONE, distilled.KD, fitnets.METHOD, nst.METHOD, distilled.TAKD,
         emotionkd.STUDENT, ambokd.METHOD, distilled.DGKD, distilled.CDGKD_ALL, distilled.CDGKD,
+        distilled.CDGKD_NOISY,
     )
 }  # fmt: skip
 
@@ -111,6 +112,16 @@ DOUBTS = (
     "teacher's valence is the same on both datasets. They are not comparable with a run on another "
     "split, and no run here is promised to meet them."
 )
+
+
+def shown_in(table: Table, methods: Iterable[Method]) -> list[str]:
+    """Which of these methods a table shows: its own rows, then those that stand in no table."""
+    names = {method.name for method in methods}
+    placed = {row for other in TABLES.values() for row in other.rows}
+    return [
+        *(row for row in table.rows if row in names),
+        *(name for name in METHODS if name in names - placed),
+    ]
 
 
 def find_method(name: str) -> Method:

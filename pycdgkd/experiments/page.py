@@ -11,7 +11,7 @@ from pycdgkd.files import write_text
 from pycdgkd.report.table import SYNTHETIC_NOTE, aligned
 from pycdgkd.training.config import config_differences, preset_config
 
-from .catalogue import DOUBTS, METHODS, Table
+from .catalogue import DOUBTS, METHODS, Table, shown_in
 from .runs import Plan
 from .summary import Row
 
@@ -91,6 +91,7 @@ def write_page(path: Path, plan: Plan, table: Table, summary: Summary, synthetic
         summary=summary,
         plan=plan,
         interest=METHODS[table.interest].title,
+        shown=shown_in(table, plan.methods),
         printed=PRINTED,
         show_printed=_printed,
         doubts=DOUBTS,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pycdgkd.errors import InputError
 from pycdgkd.training import metrics
 
-from .catalogue import METHODS, Table
+from .catalogue import METHODS, Table, shown_in
 from .method import Method
 from .runs import Plan, finished, read_confusions
 from .statistics import holm
@@ -60,13 +60,13 @@ class _Runs:
 
 
 def summarise(plan: Plan, table: Table, label: str) -> list[Row]:
-    """Rows of a table for a label, in its order; methods without a finished run are left out.
+    """Rows of a table for a label, see ``shown_in``; those without a finished run are left out.
 
     Raises ``InputError`` when there is no finished run at all.
     """
     results: dict[str, list[dict[str, Any]]] = {}
     runs: dict[str, _Runs] = {}
-    names = [name for name in table.rows if name in {method.name for method in plan.methods}]
+    names = shown_in(table, plan.methods)
     for folder, result in finished(plan, label, names):
         results.setdefault(result["method"], []).append(result)
         mine = runs.setdefault(result["method"], _Runs({}, {}))

@@ -80,6 +80,17 @@ CDGKD_ALL = Method(
     train_distilled,
     "two assistants",
 )
+# What helped in the controlled study with many wrong labels (benchmarks/evidence).
+CDGKD_NOISY = Method(
+    "cdgkd-noisy",
+    "CDGKD for noisy labels",
+    ("video",),
+    DistilledSettings(
+        2, DistillConfig(kd_weight=0.9, direction="forward", guidance="out-of-fold", folds=4)
+    ),
+    train_distilled,
+    "two assistants; teacher and assistants trained four times more, out of fold",
+)
 CDGKD = Method(
     "cdgkd",
     "CDGKD (variant 5)",
