@@ -18,17 +18,8 @@ from typing import Any
 from pycdgkd.errors import InputError
 
 from .cache import MANIFEST
-from .cache_writer import (
-    Plan,
-    check_same,
-    fingerprint,
-    open_writer,
-    part_folder,
-    read_journal,
-    read_plan,
-    speaks_of,
-    start_cache,
-)
+from .cache_plan import Plan, check_same, fingerprint, read_plan
+from .cache_writer import open_writer, part_folder, read_journal, speaks_of, start_cache
 from .config import DATASETS, PrepareConfig
 from .eeg import channel_names
 from .progress import Meter, add_seconds

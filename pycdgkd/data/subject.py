@@ -16,7 +16,8 @@ import numpy.typing as npt
 from pycdgkd.errors import InputError
 
 from .boxes import read_boxes
-from .cache_writer import CacheWriter, Plan, TrialData, open_writer, part_folder
+from .cache_plan import Plan
+from .cache_writer import CacheWriter, TrialData, open_writer, part_folder
 from .config import PrepareConfig
 from .faces import Crops, FaceDetector, centre_boxes, crop_faces, largest_faces
 from .progress import add_seconds

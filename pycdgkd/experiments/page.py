@@ -6,9 +6,9 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pycdgkd.errors import require
 from pycdgkd.files import write_text
 from pycdgkd.report.table import SYNTHETIC_NOTE, aligned
+from pycdgkd.report.templates import environment
 from pycdgkd.training.config import config_differences, preset_config
 
 from .catalogue import DOUBTS, METHODS, Table, shown_in
@@ -75,18 +75,10 @@ def write_csv(path: Path, summary: Summary) -> Path:
 
 def write_page(path: Path, plan: Plan, table: Table, summary: Summary, synthetic: bool) -> Path:
     """The table with everything that a reader must know beside it."""
-    jinja2 = require("jinja2", "train")
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([here, here.parent / "report"]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
-    environment.filters["points"] = lambda value: f"{100 * value:+.1f}"
-    text = environment.get_template("table.html.j2").render(
+    pages = environment(Path(__file__).parent)
+    pages.filters["percent"] = lambda value: f"{100 * value:.1f}"
+    pages.filters["points"] = lambda value: f"{100 * value:+.1f}"
+    text = pages.get_template("table.html.j2").render(
         table=table,
         summary=summary,
         plan=plan,

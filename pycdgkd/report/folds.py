@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pycdgkd.errors import require
 from pycdgkd.files import write_text
 
 from .table import SYNTHETIC_NOTE, aligned
+from .templates import environment
 
 
 def folds_table(summary: dict[str, Any]) -> str:
@@ -69,16 +69,9 @@ def _means(summary: dict[str, Any], roles: Sequence[str]) -> list[str]:
 
 def write_folds_report(out: Path, summary: dict[str, Any]) -> Path:
     """Write the page of a cross-validated run to ``out``/report.html; returns its path."""
-    jinja2 = require("jinja2", "train")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    pages = environment()
     roles = list(summary["networks"])
-    text = environment.get_template("folds.html.j2").render(
+    text = pages.get_template("folds.html.j2").render(
         summary=summary,
         roles=roles,
         means=_means(summary, roles),

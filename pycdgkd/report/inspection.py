@@ -18,6 +18,7 @@ from pycdgkd.files import write_text
 
 from .figures import BLUE, MUTED, VERMILION, drawn, new_figure
 from .table import SYNTHETIC_NOTE
+from .templates import environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,18 +62,11 @@ def write_inspection(cache: Path, path: Path | None = None) -> Path:
 
 def render(cache: Cache) -> str:
     """The page as HTML text; every text from outside is escaped."""
-    jinja2 = require("jinja2", "train")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda share: f"{share:.1%}"
+    pages = environment()
+    pages.filters["percent"] = lambda share: f"{share:.1%}"
     drawing = require("markupsafe", "train").Markup
     numbers = np.unique(cache.samples["subject"]).tolist()
-    text = environment.get_template("inspection.html.j2").render(
+    text = pages.get_template("inspection.html.j2").render(
         cache=cache,
         manifest=cache.manifest,
         trials=len({*_trial_keys(cache)}),

@@ -13,6 +13,7 @@ from . import figures
 from .logs import LogError, Table, read_table, source_shares
 from .results import NetworkResult, Results, load_results
 from .table import SYNTHETIC_NOTE
+from .templates import environment
 
 _CURVES = ("epoch", "cross_entropy", "val_loss", "val_accuracy")
 _RATES = ("step", "rate_video", "rate_eeg", "lambda_video", "lambda_eeg")
@@ -32,15 +33,8 @@ class NetworkPart:
 def render(run: Path) -> str:
     """The page of a finished run as HTML text; every text from outside is escaped."""
     results = load_results(run)
-    jinja2 = require("jinja2", "train")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    pages = environment()
+    pages.filters.update(
         points=lambda share: f"{100 * share:+.1f}",
         percent=lambda share: f"{share:.0%}",
         duration=_duration,
@@ -49,7 +43,7 @@ def render(run: Path) -> str:
     drawing: Callable[[str], Any] = require("markupsafe", "train").Markup
     notes: list[str] = []
     parts = [_network_part(run, network, drawing) for network in results.networks]
-    text = environment.get_template("template.html.j2").render(
+    text = pages.get_template("template.html.j2").render(
         results=results,
         run_name="/".join(run.resolve().parts[-2:]),
         overview=drawing(figures.accuracy_overview(results)),

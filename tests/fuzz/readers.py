@@ -19,7 +19,8 @@ import archives
 from pycdgkd.data import Cache, PrepareConfig, StudyConfig, prepare, write_study
 from pycdgkd.data.boxes import read_boxes
 from pycdgkd.data.cache import unfinished_state
-from pycdgkd.data.cache_writer import read_journal, read_plan
+from pycdgkd.data.cache_plan import read_plan
+from pycdgkd.data.cache_writer import read_journal
 from pycdgkd.data.deap import read_ratings
 from pycdgkd.data.deap_dat import read_arrays
 from pycdgkd.data.eeg import ALL32, eeg_trial, open_any, open_bdf, read_events, trial_starts

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pycdgkd import report
 from pycdgkd.errors import require
 from pycdgkd.files import write_text
+from pycdgkd.report.templates import environment
 
 from .figures import claim_figure
 from .verdicts import LEVEL, MARGIN, tally
@@ -18,22 +18,14 @@ NAME = "controlled.html"
 
 def write_page(out: Path, results: Mapping[str, Any]) -> Path:
     """Write ``out``/controlled.html from the content of controlled.json; returns its path."""
-    jinja2 = require("jinja2", "train")
-    folders = [Path(__file__).parent, Path(report.__file__).parent]  # the latter for the style
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    pages = environment(Path(__file__).parent)
+    pages.filters.update(
         points=lambda share: f"{100 * share:+.1f}",
         share=lambda value: f"{value:.3f}",
         probability=lambda p: f"{p:.3f}" if p >= 0.001 else "< 0.001",
     )
     drawing: Callable[[str], Any] = require("markupsafe", "train").Markup
-    text = environment.get_template("page.html.j2").render(
+    text = pages.get_template("page.html.j2").render(
         results=results,
         conditions={entry["name"]: entry for entry in results["conditions"]},
         figures={claim["key"]: drawing(claim_figure(claim)) for claim in results["claims"]},
