@@ -42,6 +42,7 @@ ATTRIBUTES = {
 }
 LABELS = ("valence", "arousal")
 AROUND = 30.0  # seconds of EEG before and after the stimulus
+SLACK = 1.0  # seconds by which marks of a whole clip may come early
 TRIALS = 20
 BDF_NAME = re.compile(r"part_(\d+)_s_trial(\d+)_emotion\.bdf", re.IGNORECASE)
 COLOUR = re.compile(r"c1[ _].*_c_section_\d+\.avi$", re.IGNORECASE)
@@ -148,9 +149,21 @@ def _trial(
             f"session {where} shows {clip!r}, which is none of the 20 clips; expected e.g. 69.avi"
         )
     span = movie_span(session, files)
-    start = span[0] if span is not None else 0.0
-    seconds = config.trial_seconds or float(CLIPS[clip])
-    return Trial(*key, stimuli[clip], labels, seconds, video, recording, video_start=start)
+    seconds = _whole(stimuli[clip], config)
+    if span is None:
+        return Trial(*key, stimuli[clip], labels, seconds, video, recording)
+    seconds = _shown(seconds, span[1] - span[0])
+    return Trial(*key, stimuli[clip], labels, seconds, video, recording, video_start=span[0])
+
+
+def _whole(stimulus: int, config: PrepareConfig) -> float:
+    """Seconds of a stimulus that nothing broke off."""
+    return config.trial_seconds or float(CLIPS[sorted(CLIPS)[stimulus - 1]])
+
+
+def _shown(seconds: float, marked: float) -> float:
+    """Length of a stimulus: the clip's, unless its marks say that it was broken off."""
+    return marked if marked < seconds - SLACK else seconds
 
 
 def _one(paths: Sequence[Path], what: str, where: str) -> Path:
@@ -179,25 +192,30 @@ def open_eeg(study: Study, path: Path, trials: Sequence[Trial], config: PrepareC
     """Open the BDF of one trial."""
     del study, trials
     recording = open_bdf(path, referenced(config))
-    start, note = _start(recording)
+    start, marked, note = _span(recording)
 
     def read(trial: Trial) -> EegTrial:
-        eeg = eeg_trial(recording, start, trial.seconds, config)
-        return EegTrial(eeg.windows, eeg.spectra, note)
+        seconds, whole = _shown(trial.seconds, marked), _whole(trial.experiment_id, config)
+        eeg = eeg_trial(recording, start, seconds, config)
+        short = f"broken off after {seconds:.0f} of {whole:.0f} s" if seconds < whole else ""
+        return EegTrial(eeg.windows, eeg.spectra, "; ".join(filter(None, (note, short))))
 
     return read
 
 
-def _start(recording: Recording) -> tuple[int, str]:
-    """First sample of the stimulus: after the first of two Status pulses, else 30 s in."""
+def _span(recording: Recording) -> tuple[int, float, str]:
+    """First sample and seconds of the stimulus: between the two Status pulses, else from 30 s on
+    to 30 s before the end. And what was assumed, "" for nothing.
+    """
     events = recording.events()
     pulses = events[events[:, 1] != 0, 0]
     if len(pulses) == 2:
-        return int(pulses[0]) + 1, ""
+        return int(pulses[0]) + 1, float(pulses[1] - pulses[0] - 1) / recording.sfreq, ""
     start = round(AROUND * recording.sfreq)
     if recording.length < 2 * start:
         raise InputError(
             f"{recording.path} lasts {recording.length / recording.sfreq:.0f} s and marks "
             f"{len(pulses)} events; expected two, or 30 s before and after the stimulus"
         )
-    return start, f"Status marks {len(pulses)} events instead of 2: stimulus taken from 30 s on"
+    note = f"Status marks {len(pulses)} events instead of 2: stimulus taken from 30 s on"
+    return start, recording.length / recording.sfreq - 2 * AROUND, note

@@ -236,12 +236,14 @@ def write_mahnob_session(
     *,
     pulses: bool = True,
     gaze: float | None = None,
+    shown: int | None = None,
     **changes: str,
 ) -> Path:
     """One session with recordings. EEG: 12 Hz on C3 from the stimulus on, 24 Hz before it.
 
     The video counts its frames in brightness, 61 a second. pulses: whether Status marks the
-    stimulus. gaze: second of the video at which the gaze log has MovieStart.
+    stimulus. gaze: second of the video at which the gaze log has MovieStart. shown: seconds after
+    which Status marks the end, the clip's by default.
     """
     rate, seconds = 256, CLIPS[clip]
     start = round(30.35 * rate) if pulses else 30 * rate
@@ -257,7 +259,7 @@ def write_mahnob_session(
         signals[name] = np.arange(length, dtype=np.int32) % 100
     status = np.full(length, 0x010000, np.int32)
     if pulses:
-        for sample in (start - 1, start + seconds * rate):
+        for sample in (start - 1, start + (seconds if shown is None else shown) * rate):
             status[sample : sample + 4] = 0x010010
     folder = root / "Sessions" / str((subject - 1) * 130 + 2 * trial)
     bdf, video = mahnob_names(subject, trial)

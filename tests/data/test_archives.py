@@ -193,6 +193,22 @@ def test_mahnob_frames_beyond_the_video_are_masked(sessions: Path, tmp_path: Pat
     assert "6 of 8 windows left out" in report.skipped[0][2]
 
 
+def test_a_stimulus_that_was_broken_off_ends_there(tmp_path: Path) -> None:
+    """By the gaze log's MovieEnd, or by the second Status pulse."""
+    root = tmp_path / "root"
+    early = write_mahnob_session(root, 1, 1, "107", gaze=2.0)
+    [log] = early.glob("*.tsv")
+    end = 1_000_000 + (2 + 34) * 48000
+    log.write_text(log.read_text().replace(str(end), str(end - 13 * 48000)))
+    write_mahnob_session(root, 1, 2, "107", shown=17)
+    report = prepare(root, tmp_path / "cache", MAHNOB, dataset="mahnob")
+    cache = Cache.open(tmp_path / "cache")
+    assert cache.samples["trial"].tolist() == [1] * (21 // 4) + [2] * (17 // 4)
+    reasons = {(s, t): why for s, t, why in report.skipped}
+    assert reasons[1, 1] == "broken off after 21 of 34 s"
+    assert reasons[1, 2].startswith("broken off after 17 of 34 s; 4 of 8 windows left out")
+
+
 def test_mahnob_labels_of_one_s_choice(sessions: Path, tmp_path: Path) -> None:
     config = PrepareConfig.of("mahnob", faces="none", img_size=16, labels="emotion, predictability")
     report = prepare(sessions, tmp_path / "cache", config, dataset="mahnob")
