@@ -43,9 +43,11 @@ fuzz: install
 
 # The controlled study of the paper's claims; `evidence` is what benchmarks/evidence holds.
 evidence: install
+	rm -f benchmarks/evidence/jobs.jsonl
 	$(BIN)/pycdgkd experiment controlled --out benchmarks/evidence --jobs 2
 
 evidence-quick: install
+	rm -rf build/evidence
 	$(BIN)/pycdgkd experiment controlled --size quick --out build/evidence --jobs 2
 
 # Kernel, op and public function of every case, timed apart.
