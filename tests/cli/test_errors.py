@@ -46,6 +46,7 @@ def fails_with(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["check-data", "folder", "/none"], "expected the folder that holds trials.csv"),
         (["train", "c", "--out", "r", "--split", "losso"], "split.kind must be one of"),
         (["train", "c", "--out", "r", "--split", "loso:3"], "takes no number of folds"),
+        (["train", "c", "--out", "r", "--guidance", "x"], "distill.guidance must be one of"),
         (["prepare", "deap", ".", "b", "--min-face", "2"], "min_face must be"),
         (["train", "c", "--out", "r", "--set", "optim.lr"], "key=value"),
         (["report", "."], "holds no results.json"),
