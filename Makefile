@@ -36,7 +36,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
-# Damaged files for every reader of files from outside; about five minutes on two cores.
+# Damaged files for every reader of files from outside; about a minute on two cores.
 INPUTS ?= 20000
 fuzz: install
 	$(BIN)/python tests/fuzz/fuzz.py $(INPUTS)

@@ -66,18 +66,11 @@ def scan(root: Path, config: PrepareConfig) -> Study:
     skipped: list[Skip] = []
     sessions = 0
     for folder in sorted(f for f in folders if _named(folders[f], "session.xml")):
-        try:
-            session = read_session(_named(folders[folder], "session.xml")[0])
-        except InputError as error:
-            skipped.append((0, None, str(error)))
-            continue
-        if not session.is_stimulus:
+        told = _stimulus_session(folder, folders[folder], skipped)
+        if told is None:
             continue
         sessions += 1
-        key = session.key
-        if key is None:
-            skipped.append((0, None, f"{folder}: neither subject nor trial can be told"))
-            continue
+        session, key = told
         if not config.wants(key[0], SUBJECTS):
             continue
         try:
@@ -109,6 +102,25 @@ def scan(root: Path, config: PrepareConfig) -> Study:
         others=(*(trial.video.parent / "session.xml" for trial in found.values()), *boxes),
         stimuli={number: clip for clip, number in _stimuli().items()},
     )
+
+
+def _stimulus_session(
+    folder: Path, files: Sequence[Path], skipped: list[Skip]
+) -> tuple[Session, tuple[int, int]] | None:
+    """A folder's session with its subject and trial; None for another experiment's, or one that
+    cannot be used, which is added to ``skipped``.
+    """
+    try:
+        session = read_session(_named(files, "session.xml")[0])
+    except InputError as error:
+        skipped.append((0, None, str(error)))
+        return None
+    if not session.is_stimulus:
+        return None
+    if session.key is None:
+        skipped.append((0, None, f"{folder}: neither subject nor trial can be told"))
+        return None
+    return session, session.key
 
 
 def _named(files: Sequence[Path], name: str) -> list[Path]:
