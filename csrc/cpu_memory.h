@@ -48,7 +48,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
     count *= sizes.begin()[d] > 0 ? sizes.begin()[d] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  PYCDGKD_CHECK_TORCH(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), 0, &handle));

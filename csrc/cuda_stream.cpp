@@ -25,7 +25,7 @@ cuda::Stream current_stream(int32_t device) {
         "a CUDA build of torch, 2.10 or newer; remedy: install one");
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(current(device, &stream));
+  PYCDGKD_CHECK_TORCH(current(device, &stream));
   return static_cast<cuda::Stream>(stream);
 }
 #endif

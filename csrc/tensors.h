@@ -13,6 +13,13 @@
 
 #include "kernels.h"
 
+// Without what torch itself says of the error before 2.13.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define PYCDGKD_CHECK_TORCH STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define PYCDGKD_CHECK_TORCH TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace pycdgkd {
 
 using torch::headeronly::ScalarType;

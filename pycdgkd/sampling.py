@@ -39,12 +39,12 @@ def sample_sources(
     else:  # a subset is redrawn until it holds a source, which must not take for ever
         check(name, "drop_prob", drop_prob, 0.0 <= drop_prob <= 1.0 - 1e-6, "a probability below 1")
     if strategy == "all" or (strategy == "drop_one" and num_sources == 1):
-        return torch.full((num_sources,), 1.0 / num_sources)
+        return torch.full((num_sources,), 1.0 / num_sources, device="cpu")
     if strategy == "drop_one":
-        kept = torch.ones(num_sources)
-        kept[int(torch.randint(num_sources, (), generator=generator))] = 0.0
+        kept = torch.ones(num_sources, device="cpu")
+        kept[int(torch.randint(num_sources, (), generator=generator, device="cpu"))] = 0.0
         return kept / (num_sources - 1)
-    kept = torch.rand(num_sources, generator=generator) >= drop_prob
+    kept = torch.rand(num_sources, generator=generator, device="cpu") >= drop_prob
     while strategy == "subset" and not bool(kept.any()):
-        kept = torch.rand(num_sources, generator=generator) >= drop_prob
+        kept = torch.rand(num_sources, generator=generator, device="cpu") >= drop_prob
     return kept.float() if strategy == "bernoulli_sum" else kept.float() / kept.sum()

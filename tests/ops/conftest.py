@@ -21,6 +21,8 @@ if EMULATED:
 
 # Where the op tests make their tensors; "cuda" is for tests/gpu/check.py.
 DEVICE = os.environ.get("PYCDGKD_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":  # here, and not in a fixture: test modules make tensors while they are imported
+    torch.set_default_device(DEVICE)
 
 # Tests of what only the host's ops have: part of the test's id, and why it says nothing of others.
 HOST_ONLY = {
@@ -58,8 +60,5 @@ def _same_start() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if DEVICE != "cpu":
-        torch.set_default_device(DEVICE)
     yield
-    torch.set_default_device(None)
     torch.set_num_threads(before)

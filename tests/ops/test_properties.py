@@ -34,7 +34,7 @@ def batches(draw: st.DrawFn, classes: st.SearchStrategy[int] = FEW_CLASSES) -> B
     S = draw(st.integers(1, 4))
     size = 10.0 ** draw(st.floats(-3, 3))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
 
     def rows(*shape: int) -> Tensor:
         return (size * torch.randn(*shape, generator=generator)).to(dtype)

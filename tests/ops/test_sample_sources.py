@@ -9,7 +9,7 @@ import pycdgkd
 
 
 def draws(count: int, num_sources: int, **options: object) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator("cpu").manual_seed(7)
     return torch.stack(
         [pycdgkd.sample_sources(num_sources, generator=generator, **options) for _ in range(count)]
     )
