@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -41,11 +40,12 @@ inline std::string name_of(ScalarType type) {
 }
 
 inline std::string describe(const Tensor& tensor) {
-  std::ostringstream text;
-  text << name_of(tensor.scalar_type()) << " of shape (";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d > 0 ? ", " : "") << tensor.size(d);
-  text << ")";
-  return text.str();
+  // No stream: beside a CUDA build of torch 2.11, writing a number to one crashed in this library.
+  std::string text = name_of(tensor.scalar_type()) + " of shape (";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
+  }
+  return text + ")";
 }
 
 [[noreturn]] inline void fail(const char* op, const std::string& argument,

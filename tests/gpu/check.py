@@ -55,7 +55,7 @@ def plan(
     for tool in ("memcheck", "racecheck") if sanitizer else ():
         check = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--target-processes=all"]
         stages.append(Stage(tool, [*check, *pytest, f"tests/gpu/{REDUCED}"], 50))
-    stages.append(Stage("benchmark", [python, "-P", "benchmarks/gpu.py"], 185))
+    stages.append(Stage("benchmark", [python, "benchmarks/gpu.py"], 185))
     return stages
 
 

@@ -183,7 +183,7 @@ def test_a_label_out_of_range_ends_the_kernel() -> None:
         "pycdgkd.prototype_loss(z, c, torch.tensor([0, 1, 2, 3], device='cuda'))\n"
         "torch.cuda.synchronize()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert done.returncode != 0
     assert "CUDA" in done.stderr
 

@@ -63,8 +63,13 @@ def expanded_columns(x: Tensor) -> Tensor:
     return x[:, :1].expand(-1, x.shape[1])
 
 
+def _normal(*shape: int) -> Tensor:
+    """Drawn on the CPU whatever device is tested, so that every device gets the same numbers."""
+    return torch.randn(*shape, dtype=torch.float64, device="cpu").to(torch.get_default_device())
+
+
 def make_labels(N: int, K: int, *, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.randint(K, (N,)).to(dtype)
+    return torch.randint(K, (N,), device="cpu").to(torch.get_default_device(), dtype)
 
 
 def make_prototypes(
@@ -72,7 +77,7 @@ def make_prototypes(
 ) -> Tensor:
     """(K, D) with mutual distances around `spread`, a common offset of the given norm."""
     direction = torch.ones(D, dtype=torch.float64) * offset / D**0.5
-    return (torch.randn(K, D, dtype=torch.float64) * spread / (2 * D) ** 0.5 + direction).to(dtype)
+    return (_normal(K, D) * spread / (2 * D) ** 0.5 + direction).to(dtype)
 
 
 def make_features(prototypes: Tensor, labels: Tensor, *, noise: float = 1.0) -> Tensor:
@@ -81,13 +86,13 @@ def make_features(prototypes: Tensor, labels: Tensor, *, noise: float = 1.0) -> 
     classes = torch.where((classes >= 0) & (classes < len(prototypes)), classes, 0)
     D = prototypes.shape[1]
     rows = prototypes.double()[classes]
-    return (rows + noise * torch.randn(len(labels), D).double() / D**0.5).to(prototypes.dtype)
+    return (rows + noise * _normal(len(labels), D) / D**0.5).to(prototypes.dtype)
 
 
 def make_logits(
     N: int, K: int, *, dtype: torch.dtype = torch.float32, scale: float = 2.0
 ) -> Tensor:
-    return (scale * torch.randn(N, K, dtype=torch.float64)).to(dtype)
+    return (scale * _normal(N, K)).to(dtype)
 
 
 def leaf(x: Tensor, layout: Layout | None = None) -> Tensor:

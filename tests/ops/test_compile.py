@@ -66,8 +66,9 @@ def test_matches_eager_with_inductor(name: str) -> None:
 
 
 def test_low_precision_gradients_keep_their_type() -> None:
+    labels = torch.arange(8) % 3
+
     def loss(s: Tensor, z: Tensor, c: Tensor) -> Tensor:
-        labels = torch.arange(8) % 3
         return pycdgkd.teacher_loss(s, [z], labels, [c], detach_prototypes=False).loss
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

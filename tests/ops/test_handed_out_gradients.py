@@ -67,7 +67,11 @@ def test_loss_scaling_keeps_what_float16_would_lose(name: str, K: int) -> None:
     for x, grads in ((halves, found), (exact, expected)):
         loss, wanted = graph(name, x)
         grads += torch.autograd.grad(loss * 2.0**16, wanted)
-    assert_same_bits(found, [grad.half() for grad in expected])
+    rounded = [grad.half() for grad in expected]
+    if halves[0].is_cpu:
+        assert_same_bits(found, rounded)
+    for ours, theirs in zip(found, rounded, strict=True):  # a device sums 16-bit rows otherwise
+        torch.testing.assert_close(ours, theirs, rtol=2**-10, atol=0)
 
 
 @ALL

@@ -73,7 +73,9 @@ def test_temperatures_and_large_logits(size: float, temperature: float, directio
     assert grad.isfinite().all()
     exact = exact_grad(logits.detach(), source, temperature, direction)
     # A class of probability p moves by p (1 + |s - t| / T) ulps of exp: absolute, not relative.
-    assert (grad - exact).abs().max() <= 2e-4 * exact.abs().max()
+    # Where every p is 0 or 1 but for a rounding, what is lost of slopes of size / T^2 comes on top.
+    rounding = 1e-14 * size / temperature**2
+    assert (grad - exact).abs().max() <= 2e-4 * exact.abs().max() + rounding
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import pycdgkd
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu() -> Iterator[None]:
+    """Weights are drawn on the CPU whatever the default device is."""
+    with torch.device("cpu"):
+        yield
 
 
 def draws(count: int, num_sources: int, **options: object) -> torch.Tensor:
@@ -69,6 +77,12 @@ def test_drop_one_drops_each_equally_often() -> None:
 
 def test_nothing_is_dropped_at_probability_zero() -> None:
     assert torch.equal(draws(20, 3, drop_prob=0.0), torch.full((20, 3), 1 / 3))
+
+
+def test_any_default_device_leaves_them_on_the_cpu() -> None:
+    with torch.device("meta"):
+        for strategy in ("all", "subset", "bernoulli_sum", "drop_one"):
+            assert pycdgkd.sample_sources(3, strategy=strategy).device.type == "cpu"
 
 
 def test_generator_makes_draws_repeatable() -> None:
