@@ -41,6 +41,7 @@ STABLE_TORCH_LIBRARY(pycdgkd, m) {
   m.def(
       "multi_source_kl(Tensor logits, Tensor[] sources, Tensor? source_weights, float temperature,"
       " int direction, int reduction, bool need_grad) -> (Tensor loss, Tensor unit_grad)");
+  m.def("scale_unit_grad_(Tensor(a!) unit_grad, Tensor grad_loss) -> ()");
   m.def("multi_source_kl_backward(Tensor grad_loss, Tensor unit_grad, Tensor logits) -> Tensor");
 
   m.def(

@@ -1,4 +1,6 @@
 // Eq. 9 on CUDA: which kernel serves which length of rows; the scaling of a gradient that is there.
+#include <algorithm>
+
 #include "distillation.cuh"
 
 namespace pycdgkd {
@@ -45,46 +47,41 @@ size_t room_of(int64_t K) {
   return room > own ? room - own : 0;
 }
 
-template <class A>
+template <class A, class T>
 __global__ void __launch_bounds__(256) scale_rows_kernel(const __grid_constant__ ScaleRows s) {
   const int64_t count = s.N * s.K, step = static_cast<int64_t>(gridDim.x) * 256;
-  const A* unit = static_cast<const A*>(s.unit);
+  const T* unit = static_cast<const T*>(s.unit);
   const bool by_row = s.factors.stride != 0;
   const A factor = by_row ? A(1) : value_at<A>(s.factors, 0);
-  constexpr int V = kVector<A>;
-  const int64_t whole =
-      by_row || s.grad_dtype != (sizeof(A) == 8 ? Dtype::float64 : Dtype::float32) ? 0 : count / V;
-  for (int64_t at = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x; at < whole; at += step) {
+  if (!by_row && factor == A(1) && s.unit == s.grad) return;
+  constexpr int V = kVector<T>;
+  const int64_t whole = by_row || s.grad_dtype != s.unit_dtype ? 0 : count / V;
+  const int64_t own = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  for (int64_t at = own; at < whole; at += step) {
     A x[V];
     load_vector(unit + at * V, x);
 #pragma unroll
     for (int v = 0; v < V; ++v) x[v] *= factor;
-    uint4 raw;
-    memcpy(&raw, x, sizeof(raw));
-    reinterpret_cast<uint4*>(s.grad)[at] = raw;
+    store_vector(static_cast<T*>(s.grad) + at * V, x);
   }
-  for (int64_t at = whole * V + static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x; at < count;
-       at += step) {
-    const A own = by_row ? value_at<A>(s.factors, at / s.K) : factor;
-    store_element(s.grad, at, s.grad_dtype, own * unit[at]);
+  for (int64_t at = whole * V + own; at < count; at += step) {
+    const A by = by_row ? value_at<A>(s.factors, at / s.K) : factor;
+    store_element(s.grad, at, s.grad_dtype, by * static_cast<A>(to_arithmetic(unit[at])));
   }
 }
 
 }  // namespace
 
 size_t distillation_bytes(const Distillation& d) {
-  return 16 + kCountBlocks * sizeof(unsigned) + 2 * sizeof(double) * blocks_of(d.N, d.K);
+  const int64_t most = d.K > kShortRows ? 32 * device_limits().multiprocessors : 0;
+  const unsigned blocks = std::max(blocks_of(d.N, d.K), blocks_for(d.N, 1, most));
+  return 16 + kCountBlocks * sizeof(unsigned) + 2 * sizeof(double) * blocks;
 }
 
 void distillation(const Distillation& d, Stream stream) {
   auto* space = static_cast<char*>(d.workspace);
   auto* counted = reinterpret_cast<unsigned*>(space + 16);
   auto* partials = reinterpret_cast<double*>(space + 16 + kCountBlocks * sizeof(unsigned));
-  const bool counts = d.labels.data != nullptr && d.N > kCountedByEach;
-  if (counts) {
-    launch<count_labels_kernel>(kCountBlocks, 256, 0, stream,
-                                CountArguments{d.N, d.K, d.labels, counted});
-  }
   DistillationArguments a{d.N,
                           d.K,
                           static_cast<int>(d.S),
@@ -101,7 +98,8 @@ void distillation(const Distillation& d, Stream stream) {
                           d.loss,
                           d.cross_entropy,
                           d.kl,
-                          counts ? counted : nullptr,
+                          d.grad_dtype,
+                          nullptr,
                           partials,
                           take_counters(d.workspace, 1, stream),
                           0,
@@ -112,7 +110,13 @@ void distillation(const Distillation& d, Stream stream) {
     a.sources[j] = {d.sources[j].data, d.sources[j].row_stride, d.sources[j].col_stride};
     a.dtypes[j] = d.sources[j].dtype;
   }
+  if (d.labels.data != nullptr && d.N > kCountedByEach) {
+    launch<count_labels_kernel>(kCountBlocks, 256, 0, stream,
+                                CountArguments{d.N, d.K, d.labels, counted});
+    a.counted = counted;
+  }
   const unsigned blocks = blocks_of(d.N, d.K);
+  if (d.K > kShortRows && !d.wide && distill_cluster_rows(a, stream)) return;
   if (d.K <= kShortRows) {
     distill_short_rows(a, d.wide, blocks, stream);
   } else {
@@ -124,9 +128,11 @@ void scale_rows(const ScaleRows& s, Stream stream) {
   if (s.N == 0 || s.K == 0) return;
   const unsigned blocks = blocks_for(s.N * s.K, 2048, 16 * device_limits().multiprocessors);
   if (s.wide) {
-    launch<scale_rows_kernel<double>>(blocks, 256, 0, stream, s);
+    launch<scale_rows_kernel<double, double>>(blocks, 256, 0, stream, s);
+  } else if (s.unit_dtype == Dtype::bfloat16) {
+    launch<scale_rows_kernel<float, bfloat16>>(blocks, 256, 0, stream, s);
   } else {
-    launch<scale_rows_kernel<float>>(blocks, 256, 0, stream, s);
+    launch<scale_rows_kernel<float, float>>(blocks, 256, 0, stream, s);
   }
 }
 

@@ -25,6 +25,7 @@ struct DistillationArguments {
   Labels labels;
   Reduction reduction;
   void *row_kl, *grad, *loss, *cross_entropy, *kl;
+  Dtype grad_dtype;
   const unsigned* counted;  // (kCountBlocks,) rows that take part, null: each block counts
   double* partials;         // (gridDim.x, 2): cross-entropies, divergences
   unsigned* counter;
@@ -53,9 +54,13 @@ __device__ __forceinline__ A student_element(const DistillationArguments& d, int
                          d.logits.dtype);
 }
 
-// exp(x) of x <= 0. Its error grows with |x|, where the value itself vanishes: of what is summed up
-// to a probability, it is a rounding. -inf gives 0.
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+// exp(x) of x <= 0; -inf gives 0. What rounding x / ln 2 loses, a part in |x| 2^24, is put back.
+__device__ __forceinline__ float fast_exp(float x) {
+  const float y = x * 1.44269504f;
+  const float e = exp2_approximate(y);
+  const float lost = fmaf(x, 1.925963033e-8f, fmaf(x, 1.44269504f, -y));
+  return e == 0.0f ? 0.0f : fmaf(e * lost, 0.693147181f, e);
+}
 __device__ __forceinline__ double fast_exp(double x) { return exp_(x); }
 
 // exp(x) from e = exp(x / temperature), if one is a small power of the other.
@@ -144,19 +149,21 @@ __device__ __forceinline__ void put_scalar(void* to, double value) {
   if (to != nullptr) *static_cast<A*>(to) = static_cast<A>(value);
 }
 
-// ce and kl: the sums of this thread's rows, in a fixed order.
+// ce and kl: the sums of this thread's rows, in a fixed order. Block `own` of `blocks` that come
+// here.
 template <class A>
 __device__ __forceinline__ void combine_blocks(const DistillationArguments& d, double rows,
-                                               double ce, double kl) {
+                                               double ce, double kl, unsigned own,
+                                               unsigned blocks) {
   ce = block_sum(ce);
   kl = block_sum(kl);
   if (threadIdx.x == 0) {
-    d.partials[2 * blockIdx.x] = ce;
-    d.partials[2 * blockIdx.x + 1] = kl;
+    d.partials[2 * own] = ce;
+    d.partials[2 * own + 1] = kl;
   }
-  if (!is_last_block(d.counter, gridDim.x)) return;
+  if (!is_last_block(d.counter, blocks)) return;
   ce = kl = 0.0;
-  for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) {
+  for (unsigned b = threadIdx.x; b < blocks; b += blockDim.x) {
     ce += d.partials[2 * b];
     kl += d.partials[2 * b + 1];
   }
@@ -176,6 +183,34 @@ __device__ __forceinline__ void combine_blocks(const DistillationArguments& d, d
   put_scalar<A>(d.kl, kl);
 }
 
+// V classes of the gradient from element `at` on, which are aligned for a vector of them.
+template <int V, class A>
+__device__ __forceinline__ void store_gradient(const DistillationArguments& d, int64_t at,
+                                               const A (&values)[V]) {
+  if constexpr (V == 8) {
+    if (d.grad_dtype == Dtype::bfloat16) {
+      return store_vector(static_cast<bfloat16*>(d.grad) + at, values);
+    }
+  }
+  if constexpr (V == 1) {
+    store_element(d.grad, at, d.grad_dtype, values[0]);
+  } else {
+    store_array(static_cast<A*>(d.grad) + at, values);
+  }
+}
+
+template <class Test>
+bool all_rows(const DistillationArguments& d, const Test& test) {
+  bool holds = test(d.logits);
+  for (int j = 0; j < d.S; ++j) {
+    const Source& s = d.sources[j];
+    holds = holds && test(Matrix{s.data, s.row_stride, s.col_stride, d.dtypes[j]});
+  }
+  return holds;
+}
+
+// False where the rows are not for it.
+bool distill_cluster_rows(const DistillationArguments&, Stream);
 void distill_short_rows(const DistillationArguments&, bool wide, unsigned blocks, Stream);
 void distill_long_rows(const DistillationArguments&, bool wide, unsigned blocks, int threads,
                        size_t shared, Stream);

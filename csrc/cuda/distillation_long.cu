@@ -106,7 +106,6 @@ class Row {
     }
     const A centre = static_cast<A>(mean);
     double shares = 0.0;
-    A* grad = d_.grad == nullptr ? nullptr : static_cast<A*>(d_.grad) + i_ * d_.K;
     const bool with_kl = any_ && factors.kl != A(0);
     classes([&](int64_t k, const A(&s)[V], const A(&p)[V], const A(&slope)[V], const A(&share)[V]) {
       A values[V];
@@ -121,7 +120,7 @@ class Row {
         }
         values[v] = value;
       }
-      if (grad != nullptr) store(grad, k, values);
+      if (d_.grad != nullptr) store(k, values);
     });
     divergence = block_sum(shares);
     if (threadIdx.x == 0 && d_.row_kl != nullptr) {
@@ -279,9 +278,10 @@ class Row {
 
   // Where the rows are not aligned the lanes hand their values to each other, so that neighbours
   // write neighbours.
-  __device__ __forceinline__ void store(A* row, int64_t k, const A (&values)[V]) const {
+  __device__ __forceinline__ void store(int64_t k, const A (&values)[V]) const {
+    const int64_t row = i_ * d_.K;
     if constexpr (aligned) {
-      store_array(row + k, values);
+      store_gradient(d_, row + k, values);
     } else {
       A* shared = reinterpret_cast<A*>(dynamic_shared()) + warp_id() * 32 * V;
       store_array(shared + lane_id() * V, values);
@@ -289,7 +289,7 @@ class Row {
       const int64_t first = k - lane_id() * V;
 #pragma unroll
       for (int e = lane_id(); e < 32 * V; e += 32) {
-        if (first + e < d_.K) row[first + e] = shared[e];
+        if (first + e < d_.K) store_element(d_.grad, row + first + e, d_.grad_dtype, shared[e]);
       }
       __syncwarp();  // before the next values come
     }
@@ -311,8 +311,9 @@ template <class A>
 __device__ __forceinline__ void ignore_row(const DistillationArguments& d, int64_t i) {
   if (threadIdx.x == 0 && d.row_kl != nullptr) static_cast<A*>(d.row_kl)[i] = A(0);
   if (d.grad == nullptr) return;
-  A* grad = static_cast<A*>(d.grad) + i * d.K;
-  for (int64_t k = threadIdx.x; k < d.K; k += blockDim.x) grad[k] = A(0);
+  for (int64_t k = threadIdx.x; k < d.K; k += blockDim.x) {
+    store_element(d.grad, i * d.K + k, d.grad_dtype, A(0));
+  }
 }
 
 template <class A, class T, bool aligned, bool reverse>
@@ -336,7 +337,7 @@ __global__ void __launch_bounds__(kMostThreads / (sizeof(A) / 4), 1)
     Row<A, T, aligned, reverse>(d, weights, ratios, i, y).work(factors, ce, kl);
     __syncthreads();  // before the next row takes the shared memory
   }
-  combine_blocks<A>(d, rows, ce, kl);
+  combine_blocks<A>(d, rows, ce, kl, blockIdx.x, gridDim.x);
 }
 
 // Makes room for as many whole rows as fit, or of very long ones for the first part of each.
@@ -358,26 +359,16 @@ void start(DistillationArguments& d, unsigned blocks, int threads, size_t room, 
   }
 }
 
-template <class Test>
-bool of_all_rows(const DistillationArguments& d, const Test& test) {
-  bool holds = test(d.logits);
-  for (int j = 0; j < d.S; ++j) {
-    const Source& s = d.sources[j];
-    holds = holds && test(Matrix{s.data, s.row_stride, s.col_stride, d.dtypes[j]});
-  }
-  return holds;
-}
-
 }  // namespace
 
 void distill_long_rows(const DistillationArguments& given, bool wide, unsigned blocks, int threads,
                        size_t room, Stream stream) {
   DistillationArguments d = given;
   const int64_t width = element_size(d.logits.dtype);
-  const bool contiguous = of_all_rows(d, [&](const Matrix& m) {
+  const bool contiguous = all_rows(d, [&](const Matrix& m) {
     return m.dtype == d.logits.dtype && m.col_stride == 1 && is_aligned(m.data, width);
   });
-  const bool aligned = contiguous && d.K * width % 16 == 0 && of_all_rows(d, &has_vector_rows);
+  const bool aligned = contiguous && d.K * width % 16 == 0 && all_rows(d, &has_vector_rows);
   const auto go = [&](auto* arithmetic, auto* storage) {
     using A = std::remove_pointer_t<decltype(arithmetic)>;
     using T = std::remove_pointer_t<decltype(storage)>;

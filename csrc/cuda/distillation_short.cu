@@ -90,7 +90,7 @@ __device__ __forceinline__ void row(const DistillationArguments& d, const Factor
   if (d.grad != nullptr && inside) {
     A grad = any && factors.kl != A(0) ? factors.kl * centred_slope(reverse, p, slope, mean) : A(0);
     if (d.labels.data != nullptr) grad += factors.ce * residual;
-    static_cast<A*>(d.grad)[i * d.K + k] = on ? grad : A(0);
+    store_element(d.grad, i * d.K + k, d.grad_dtype, on ? grad : A(0));
   }
   if (k != 0) return;
   if (d.row_kl != nullptr) static_cast<A*>(d.row_kl)[i] = on ? divergence : A(0);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
     const int y = i < d.N ? class_of(d.labels, i, d.K) : -1;
     row<G>(d, factors, i, y, weights, ce, kl);
   }
-  combine_blocks<A>(d, rows, ce, kl);
+  combine_blocks<A>(d, rows, ce, kl, blockIdx.x, gridDim.x);
 }
 
 template <class A>

@@ -22,7 +22,7 @@ namespace {
 
 constexpr size_t kStackBytes = size_t{256} << 10;
 
-enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class State { ready, at_block_barrier, at_cluster_barrier, at_warp_barrier, done };
 
 // Switching goes by _setjmp and _longjmp, which are ten times faster than swapcontext (two system
 // calls); address sanitizing understands the latter only.
@@ -33,19 +33,23 @@ struct Fiber {
   bool entered = false;
   State state = State::done;
   dim3 thread;
+  unsigned rank = 0;
   unsigned mask = 0;
   uint64_t given = 0, taken[32] = {};
 };
 
-// The one block that runs, and the fibers of all blocks so far, which are kept for the next.
-struct Block {
+// The one cluster that runs, and the fibers of all so far, which are kept for the next.
+struct Cluster {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  size_t count = 0;
+  size_t count = 0;        // threads of the cluster
+  size_t block_count = 0;  // of each of its blocks
+  dim3 first;              // block
   Fiber* current = nullptr;
   ucontext_t scheduler;
   jmp_buf scheduler_place;
   const std::function<void()>* body = nullptr;
   std::vector<char> shared;
+  size_t shared_bytes = 0;  // of each block
   std::string error;
   uint32_t order = 1;
 #if defined(__SANITIZE_ADDRESS__)
@@ -54,35 +58,39 @@ struct Block {
 #endif
 };
 
-Block block;
+Cluster cluster;
 
 struct Trap {};
 
 #if defined(__SANITIZE_ADDRESS__)
 void to_scheduler() {
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, block.main_stack, block.main_size);
-  swapcontext(&block.current->context, &block.scheduler);
+  __sanitizer_start_switch_fiber(&fake, cluster.main_stack, cluster.main_size);
+  swapcontext(&cluster.current->context, &cluster.scheduler);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 }
 
 void resume(Fiber& fiber) {
-  block.current = &fiber;
+  cluster.current = &fiber;
   here.thread = fiber.thread;
+  here.rank = fiber.rank;
+  here.block = {cluster.first.x + fiber.rank, cluster.first.y, cluster.first.z};
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStackBytes);
-  swapcontext(&block.scheduler, &fiber.context);
+  swapcontext(&cluster.scheduler, &fiber.context);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 }
 #else
 void to_scheduler() {
-  if (_setjmp(block.current->place) == 0) _longjmp(block.scheduler_place, 1);
+  if (_setjmp(cluster.current->place) == 0) _longjmp(cluster.scheduler_place, 1);
 }
 
 void resume(Fiber& fiber) {
-  block.current = &fiber;
+  cluster.current = &fiber;
   here.thread = fiber.thread;
-  if (_setjmp(block.scheduler_place) != 0) return;
+  here.rank = fiber.rank;
+  here.block = {cluster.first.x + fiber.rank, cluster.first.y, cluster.first.z};
+  if (_setjmp(cluster.scheduler_place) != 0) return;
   if (fiber.entered) _longjmp(fiber.place, 1);
   fiber.entered = true;
   setcontext(&fiber.context);
@@ -92,17 +100,17 @@ void resume(Fiber& fiber) {
 // A fiber serves one thread of a block after another.
 void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &block.main_stack, &block.main_size);
+  __sanitizer_finish_switch_fiber(nullptr, &cluster.main_stack, &cluster.main_size);
 #endif
   while (true) {
     try {
-      (*block.body)();
+      (*cluster.body)();
     } catch (const Trap&) {
-      block.error = "a kernel trapped";
+      cluster.error = "a kernel trapped";
     } catch (const std::exception& error) {
-      block.error = error.what();
+      cluster.error = error.what();
     }
-    block.current->state = State::done;
+    cluster.current->state = State::done;
     to_scheduler();
   }
 }
@@ -121,14 +129,14 @@ void start(Fiber& fiber) {
 // Opens the barrier of every warp whose named threads have all come.
 bool open_warps() {
   bool opened = false;
-  for (size_t first = 0; first < block.count; first += 32) {
-    const size_t end = first + 32 < block.count ? first + 32 : block.count;
+  for (size_t first = 0; first < cluster.count; first += 32) {
+    const size_t end = first + 32 < cluster.count ? first + 32 : cluster.count;
     for (size_t i = first; i < end; ++i) {
-      if (block.fibers[i]->state != State::at_warp_barrier) continue;
-      const unsigned mask = block.fibers[i]->mask;
+      if (cluster.fibers[i]->state != State::at_warp_barrier) continue;
+      const unsigned mask = cluster.fibers[i]->mask;
       bool all = true;
       for (size_t j = first; j < end; ++j) {
-        const Fiber& other = *block.fibers[j];
+        const Fiber& other = *cluster.fibers[j];
         const bool named = ((mask >> (j - first)) & 1u) != 0;
         // A thread that has returned is no longer waited for.
         if (named && other.state != State::done) {
@@ -137,14 +145,15 @@ bool open_warps() {
       }
       if (!all) continue;
       for (size_t j = first; j < end; ++j) {
-        Fiber& to = *block.fibers[j];
+        Fiber& to = *cluster.fibers[j];
         if (((mask >> (j - first)) & 1u) == 0 || to.state == State::done) continue;
         for (size_t k = first; k < end; ++k) {
-          to.taken[k - first] = block.fibers[k]->state == State::done ? 0 : block.fibers[k]->given;
+          to.taken[k - first] =
+              cluster.fibers[k]->state == State::done ? 0 : cluster.fibers[k]->given;
         }
       }
       for (size_t j = first; j < end; ++j) {
-        Fiber& to = *block.fibers[j];
+        Fiber& to = *cluster.fibers[j];
         if (((mask >> (j - first)) & 1u) != 0 && to.state != State::done) to.state = State::ready;
       }
       opened = true;
@@ -153,41 +162,50 @@ bool open_warps() {
   return opened;
 }
 
-bool open_block() {
+// Opens the barrier of the fibers from `first` to `end` if all that have not returned are there.
+bool open(State barrier, size_t first, size_t end) {
   bool any = false;
-  for (size_t i = 0; i < block.count; ++i) {
-    const State state = block.fibers[i]->state;
+  for (size_t i = first; i < end; ++i) {
+    const State state = cluster.fibers[i]->state;
     if (state == State::done) continue;
-    if (state != State::at_block_barrier) return false;
+    if (state != barrier) return false;
     any = true;
   }
-  for (size_t i = 0; any && i < block.count; ++i) {
-    if (block.fibers[i]->state != State::done) block.fibers[i]->state = State::ready;
+  for (size_t i = first; any && i < end; ++i) {
+    if (cluster.fibers[i]->state != State::done) cluster.fibers[i]->state = State::ready;
   }
   return any;
 }
 
-void run_block() {
-  for (size_t i = 0; i < block.count; ++i) start(*block.fibers[i]);
-  while (block.error.empty()) {
+bool open_blocks() {
+  bool opened = false;
+  for (size_t first = 0; first < cluster.count; first += cluster.block_count) {
+    opened = open(State::at_block_barrier, first, first + cluster.block_count) || opened;
+  }
+  return opened || open(State::at_cluster_barrier, 0, cluster.count);
+}
+
+void run_cluster() {
+  for (size_t i = 0; i < cluster.count; ++i) start(*cluster.fibers[i]);
+  while (cluster.error.empty()) {
     // Another first thread, and another direction, each time.
-    block.order = block.order * 1664525u + 1013904223u;
-    const size_t offset = (block.order >> 8) % block.count;
-    const bool backwards = (block.order >> 31) != 0;
+    cluster.order = cluster.order * 1664525u + 1013904223u;
+    const size_t offset = (cluster.order >> 8) % cluster.count;
+    const bool backwards = (cluster.order >> 31) != 0;
     bool ran = false;
-    for (size_t n = 0; n < block.count && block.error.empty(); ++n) {
-      const size_t step = backwards ? block.count - n : n;
-      Fiber& fiber = *block.fibers[(offset + step) % block.count];
+    for (size_t n = 0; n < cluster.count && cluster.error.empty(); ++n) {
+      const size_t step = backwards ? cluster.count - n : n;
+      Fiber& fiber = *cluster.fibers[(offset + step) % cluster.count];
       if (fiber.state != State::ready) continue;
       resume(fiber);
       ran = true;
     }
-    if (!block.error.empty()) return;
+    if (!cluster.error.empty()) return;
     const bool opened = open_warps();
-    if (ran || opened || open_block()) continue;
-    for (size_t i = 0; i < block.count; ++i) {
-      if (block.fibers[i]->state != State::done) {
-        block.error = "a barrier that not all of its threads reach";
+    if (ran || opened || open_blocks()) continue;
+    for (size_t i = 0; i < cluster.count; ++i) {
+      if (cluster.fibers[i]->state != State::done) {
+        cluster.error = "a barrier that not all of its threads reach";
         return;
       }
     }
@@ -197,15 +215,20 @@ void run_block() {
 
 }  // namespace
 
-char* shared_memory() { return block.shared.data(); }
+char* shared_memory(unsigned rank) { return cluster.shared.data() + rank * cluster.shared_bytes; }
 
 void block_barrier() {
-  block.current->state = State::at_block_barrier;
+  cluster.current->state = State::at_block_barrier;
+  to_scheduler();
+}
+
+void cluster_barrier() {
+  cluster.current->state = State::at_cluster_barrier;
   to_scheduler();
 }
 
 uint64_t exchange(unsigned mask, uint64_t value, int lane) {
-  Fiber* self = block.current;
+  Fiber* self = cluster.current;
   self->mask = mask;
   self->given = value;
   self->state = State::at_warp_barrier;
@@ -217,39 +240,47 @@ unsigned vote(unsigned mask, bool condition) {
   exchange(mask, condition ? 1 : 0, 0);
   unsigned votes = 0;
   for (int lane = 0; lane < 32; ++lane) {
-    if (((mask >> lane) & 1u) != 0 && block.current->taken[lane] != 0) votes |= 1u << lane;
+    if (((mask >> lane) & 1u) != 0 && cluster.current->taken[lane] != 0) votes |= 1u << lane;
   }
   return votes;
 }
 
 void trap() { throw Trap{}; }
 
-void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body,
+              unsigned blocks) {
   const size_t count = size_t{size.x} * size.y * size.z;
   if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z == 0 ||
-      grid.z > 65535 || shared_bytes > device_limits().shared_bytes) {
+      grid.z > 65535 || shared_bytes > device_limits().shared_bytes || grid.x % blocks != 0 ||
+      (blocks > 1 && count % 32 != 0)) {
     throw std::runtime_error("pycdgkd: emulated CUDA: invalid launch configuration");
   }
-  while (block.fibers.size() < count) block.fibers.push_back(std::make_unique<Fiber>());
-  block.count = count;
-  block.body = &body;
-  block.error.clear();
+  cluster.count = count * blocks;
+  cluster.block_count = count;
+  while (cluster.fibers.size() < cluster.count) {
+    cluster.fibers.push_back(std::make_unique<Fiber>());
+  }
+  cluster.body = &body;
+  cluster.error.clear();
+  cluster.shared_bytes = (shared_bytes + 15) / 16 * 16;
   here.block_size = size;
   here.grid_size = grid;
-  for (size_t i = 0; i < count; ++i) {
-    const auto n = static_cast<unsigned>(i);
-    block.fibers[i]->thread = {n % size.x, n / size.x % size.y, n / size.x / size.y};
+  here.cluster = blocks;
+  for (size_t i = 0; i < cluster.count; ++i) {
+    const auto n = static_cast<unsigned>(i % count);
+    cluster.fibers[i]->thread = {n % size.x, n / size.x % size.y, n / size.x / size.y};
+    cluster.fibers[i]->rank = static_cast<unsigned>(i / count);
   }
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        here.block = {x, y, z};
+      for (unsigned x = 0; x < grid.x; x += blocks) {
+        cluster.first = {x, y, z};
         // Not zeroed on a GPU either: all bits set are NaN in every type.
-        block.shared.assign(shared_bytes, static_cast<char>(0xff));
-        run_block();
-        if (!block.error.empty()) {
-          block.fibers.clear();  // some stand in the middle of the kernel
-          throw std::runtime_error("pycdgkd: emulated CUDA: " + block.error);
+        cluster.shared.assign(cluster.shared_bytes * blocks, static_cast<char>(0xff));
+        run_cluster();
+        if (!cluster.error.empty()) {
+          cluster.fibers.clear();  // some stand in the middle of the kernel
+          throw std::runtime_error("pycdgkd: emulated CUDA: " + cluster.error);
         }
       }
     }

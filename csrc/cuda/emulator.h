@@ -5,7 +5,7 @@
 // threads that it joins have come. Which thread goes first changes from barrier to barrier, so that
 // a missing barrier shows as a wrong result; a barrier that not all threads reach, which would hang
 // or corrupt a GPU, is an error; built with address sanitizing, so is an access out of bounds.
-// Blocks run one after another, in order.
+// Clusters of blocks run one after another, in order; the blocks of a cluster run together.
 #pragma once
 
 #include <cmath>
@@ -52,12 +52,16 @@ namespace emulator {
 
 struct Coordinates {
   dim3 thread, block, block_size, grid_size;
+  unsigned rank, cluster;  // the block's place in its cluster, the cluster's size
 };
 extern Coordinates here;  // of the thread that runs
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
-char* shared_memory();
+// `cluster` blocks that follow one another in x form a cluster.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
+              unsigned cluster = 1);
+char* shared_memory(unsigned rank);
 void block_barrier();
+void cluster_barrier();
 // Joins the warp's threads named in `mask`: puts in one 8-byte value, takes that of `lane`.
 uint64_t exchange(unsigned mask, uint64_t value, int lane);
 unsigned vote(unsigned mask, bool condition);
@@ -135,6 +139,7 @@ inline unsigned atomicInc(unsigned* at, unsigned limit) {
   return before;
 }
 inline float __expf(float x) { return std::exp(x); }
+inline float exp2_approximate(float x) { return std::exp2(x); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
@@ -147,6 +152,16 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream, const Args&... a
   emulator::run_grid(grid, block, shared_bytes, [&] { kernel(args...); });
 }
 
+template <auto kernel, class... Args>
+void launch_clusters(unsigned clusters, unsigned size, unsigned threads, size_t shared_bytes,
+                     Stream, const Args&... args) {
+  emulator::run_grid(clusters * size, threads, shared_bytes, [&] { kernel(args...); }, size);
+}
+template <auto kernel>
+unsigned resident_clusters(unsigned, unsigned, size_t) {
+  return 3;
+}
+
 struct DeviceLimits {
   int multiprocessors;
   size_t shared_bytes;
@@ -154,9 +169,24 @@ struct DeviceLimits {
 // A small device, so that small tests fill it; PYCDGKD_EMULATED_SHARED overrides its shared memory.
 DeviceLimits device_limits();
 
+inline int current_device() { return 0; }
 inline void zero_async(void* data, size_t bytes, Stream) { std::memset(data, 0, bytes); }
 inline bool is_capturing(Stream) { return false; }
-inline char* dynamic_shared() { return emulator::shared_memory(); }
+inline char* dynamic_shared() { return emulator::shared_memory(emulator::here.rank); }
+// Small clusters of small blocks, so that short rows need several.
+inline unsigned most_cluster_blocks() { return 4; }
+inline unsigned most_cluster_threads() { return 64; }
+inline unsigned cluster_rank() { return emulator::here.rank; }
+inline unsigned cluster_size() { return emulator::here.cluster; }
+inline void cluster_barrier() { emulator::cluster_barrier(); }
+template <class T>
+T* in_block(T* shared, unsigned rank) {
+  return reinterpret_cast<T*>(emulator::shared_memory(rank) +
+                              (reinterpret_cast<char*>(shared) - dynamic_shared()));
+}
+inline void copy_async(void* shared, const void* from) { std::memcpy(shared, from, 16); }
+inline void await_copies() {}
+inline void prefetch(const void*, unsigned) {}
 inline void require(bool condition) {
   if (!condition) emulator::trap();
 }

@@ -229,7 +229,8 @@ struct Distillation {
   double ce_weight, kl_weight;
   Reduction reduction;  // over the rows that take part; `none` leaves only row_kl
   void* row_kl;         // (N,) or null
-  void* grad;           // (N, K): d loss / d logits, or null
+  void* grad;           // (N, K) of grad_dtype: d loss / d logits, or null
+  Dtype grad_dtype;     // arithmetic, or bfloat16 of such logits
   void* loss;           // ()
   void* cross_entropy;  // () or null
   void* kl;             // () or null
@@ -243,8 +244,9 @@ struct ScaleRows {
   int64_t N, K;
   bool wide;
   Values factors;
-  const void* unit;  // (N, K), contiguous
-  void* grad;        // (N, K) of grad_dtype, contiguous
+  const void* unit;  // (N, K), contiguous, arithmetic or bfloat16
+  Dtype unit_dtype;
+  void* grad;  // (N, K) of grad_dtype, contiguous; `unit` itself is scaled in place
   Dtype grad_dtype;
 };
 void scale_rows(const ScaleRows&, Stream);

@@ -37,6 +37,12 @@ inline DeviceLimits device_limits() {
   return {multiprocessors, static_cast<size_t>(shared)};
 }
 
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device));
+  return device;
+}
+
 inline void zero_async(void* data, size_t bytes, Stream stream) {
   check(cudaMemsetAsync(data, 0, bytes, stream));
 }
@@ -46,6 +52,16 @@ inline bool is_capturing(Stream stream) {
   check(cudaStreamIsCapturing(stream, &status));
   return status != cudaStreamCaptureStatusNone;
 }
+
+// Blocks of a cluster at most: 1 where the device has no clusters.
+inline unsigned most_cluster_blocks() {
+  int device = 0, clusters = 0, major = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return clusters == 0 ? 1 : (major == 9 || major == 10 ? 16 : 8);
+}
+inline unsigned most_cluster_threads() { return 512; }
 
 #if defined(__CUDACC__)
 // Errors of the launch itself are told here, those of the run at the next synchronisation.
@@ -61,6 +77,103 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Arg
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+struct ClusterLaunch {
+  ClusterLaunch(unsigned clusters, unsigned size, unsigned threads, size_t shared_bytes,
+                Stream stream) {
+    config.gridDim = dim3(clusters * size);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = size > 1 ? 1 : 0;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+};
+
+// Clusters of `size` blocks that the device runs at once; 0: it cannot run one.
+template <auto kernel>
+unsigned resident_clusters(unsigned size, unsigned threads, size_t shared_bytes) {
+  int count = 0;
+  if (size == 1) {
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, static_cast<int>(threads),
+                                                        shared_bytes));
+    return static_cast<unsigned>(count * device_limits().multiprocessors);
+  }
+  if (size > 8) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
+  const ClusterLaunch launch(1, size, threads, shared_bytes, nullptr);
+  check(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config));
+  return static_cast<unsigned>(count);
+}
+
+template <auto kernel, class... Args>
+void launch_clusters(unsigned clusters, unsigned size, unsigned threads, size_t shared_bytes,
+                     Stream stream, const Args&... args) {
+  const ClusterLaunch launch(clusters, size, threads, shared_bytes, stream);
+  check(cudaLaunchKernelEx(&launch.config, kernel, args...));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// Also a barrier of the block; what a thread wrote before it, in whichever block, all see after it.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+// The same place of shared memory in another block of the cluster.
+template <class T>
+__device__ __forceinline__ T* in_block(T* shared, unsigned rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+// Asks for memory that is read soon; address and size are multiples of 16.
+__device__ __forceinline__ void prefetch(const void* from, unsigned bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+#else
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_barrier() { __syncthreads(); }
+template <class T>
+__device__ __forceinline__ T* in_block(T* shared, unsigned) {
+  return shared;
+}
+__device__ __forceinline__ void prefetch(const void*, unsigned) {}
+#endif
+
+// 16 bytes from memory to this block's shared memory, which this thread may read once it has
+// awaited its copies.
+__device__ __forceinline__ void copy_async(void* shared, const void* from) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// 2^x to 2 units in the last place; below 2^-126 it is 0.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ __forceinline__ char* dynamic_shared() {

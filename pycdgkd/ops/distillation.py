@@ -13,16 +13,25 @@ from .registration import (
     backward_kernel,
     is_final,
     kernel,
+    may_take_over,
     new,
     register,
     register_differentiable,
     require_saved,
+    stays_on_device,
     wants_graph,
 )
 
 
 def _scaled_gradient_fake(grad_loss: Tensor, unit_grad: Tensor, logits: Tensor) -> Tensor:
     return new(logits, *logits.shape, dtype=logits.dtype)
+
+
+def _unit_grad_fake(logits: Tensor, need_grad: bool) -> Tensor:
+    # csrc/cuda_distillation_ops.cpp: a device writes a bfloat16 gradient as it is.
+    rounded = stays_on_device(logits) and logits.dtype == torch.bfloat16
+    shape = logits.shape if need_grad else (0,)
+    return new(logits, *shape, dtype=torch.bfloat16 if rounded else None)
 
 
 def _multi_source_kl_fake(
@@ -35,7 +44,7 @@ def _multi_source_kl_fake(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = [logits.shape[0]] if reduction == REDUCTIONS["none"] else []
-    return new(logits, *rows), new(logits, *logits.shape) if need_grad else new(logits, 0)
+    return new(logits, *rows), _unit_grad_fake(logits, need_grad)
 
 
 class _WithUnitGrad(torch.autograd.Function):
@@ -56,6 +65,9 @@ class _WithUnitGrad(torch.autograd.Function):
         logits, unit_grad = ctx.saved_tensors
         if is_final(grad_loss, unit_grad, logits):
             return unit_grad, None, None, None
+        if may_take_over(grad_loss, unit_grad, logits):
+            kernel(_scale_unit_grad, unit_grad, grad_loss)
+            return unit_grad, None, None, None
         return backward_kernel(ctx.backward_op, grad_loss, unit_grad, logits), None, None, None
 
 
@@ -73,6 +85,8 @@ def multi_source_kl(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return _with_unit_grad(_multi_source_kl, _multi_source_kl_backward, logits, options)
 
 
+_scale_unit_grad = torch.ops.pycdgkd.scale_unit_grad_.default
+torch.library.register_fake("pycdgkd::scale_unit_grad_", lambda *_: None)
 _multi_source_kl = torch.ops.pycdgkd.multi_source_kl.default
 _multi_source_kl_backward = torch.ops.pycdgkd.multi_source_kl_backward.default
 register_differentiable("multi_source_kl", _multi_source_kl_fake, multi_source_kl)
@@ -91,8 +105,7 @@ def _distillation_loss_fake(
     ignore_index: int,
     need_grad: bool,
 ) -> tuple[Tensor, ...]:
-    unit_grad = new(logits, *logits.shape) if need_grad else new(logits, 0)
-    return new(logits), new(logits), new(logits), unit_grad
+    return new(logits), new(logits), new(logits), _unit_grad_fake(logits, need_grad)
 
 
 def distillation_loss(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:

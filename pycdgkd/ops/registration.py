@@ -107,5 +107,16 @@ def is_final(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
     )
 
 
+def may_take_over(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
+    """Whether, on a device, the gradient that the forward pass left may be scaled where it lies."""
+    return (
+        stays_on_device(grad_loss)
+        and type(grad_loss) is Tensor
+        and not torch.is_grad_enabled()
+        and unit_grad.dtype == like.dtype
+        and not _graph_is_kept()
+    )
+
+
 # Without the means to ask, assume that the graph is kept.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

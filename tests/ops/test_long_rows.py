@@ -7,7 +7,7 @@ import torch
 from cases import (
     DTYPES,
     LAYOUTS,
-    assert_grad,
+    assert_kl_grad,
     assert_value,
     double_leaf,
     expanded,
@@ -32,7 +32,7 @@ def compare(logits: Tensor, sources: list[Tensor], labels: Tensor, **options: ob
     expected[0].backward()
     result.loss.backward()
     assert exact.grad is not None
-    assert_grad(fused.grad, exact.grad, logits.dtype)
+    assert_kl_grad(fused.grad, exact.grad, logits.dtype)
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -42,6 +42,69 @@ def test_matches_reference(K: int, temperature: float, direction: str) -> None:
     labels = torch.tensor([0, K - 1, min(K - 1, 1024), -100, min(K - 1, 1019)])
     sources = [make_logits(5, K), make_logits(5, K, dtype=torch.bfloat16)]
     compare(make_logits(5, K), sources, labels, temperature=temperature, direction=direction)
+
+
+# Rows of one type, all of their 16-byte vectors aligned.
+VECTORS = pytest.mark.parametrize("K", [40, 120, 1000, 2048, 4096, 32000])
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize(("S", "temperature"), [(1, 2.0), (3, 2.0), (3, 1.0), (5, 3.0), (9, 2.0)])
+@TYPES
+@VECTORS
+def test_whole_vectors(
+    K: int, dtype: torch.dtype, S: int, temperature: float, direction: str
+) -> None:
+    labels = torch.tensor([0, K - 1, -100, K // 2, min(K - 1, 1019), 5, 6])
+    weights = torch.tensor([0.0, 0.7, 0.3, 0.0, 0.5][:S] + [0.25] * max(S - 5, 0))
+    weights[0] += float(S == 1)
+    compare(
+        make_logits(7, K, dtype=dtype),
+        [make_logits(7, K, dtype=dtype) for _ in range(S)],
+        labels,
+        source_weights=weights,
+        temperature=temperature,
+        direction=direction,
+    )
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize(("noise", "offset"), [(1e-1, 0.0), (1e-3, 0.0), (1e-3, 30.0)])
+@TYPES
+@pytest.mark.parametrize("K", [1000, 4096])
+def test_whole_vectors_all_but_equal(
+    K: int, dtype: torch.dtype, noise: float, offset: float, direction: str
+) -> None:
+    """There a divergence from sums of exponentials would be all rounding."""
+    logits = make_logits(6, K, dtype=dtype)
+    sources = [(logits + noise * make_logits(6, K) + shift).to(dtype) for shift in (0.0, offset)]
+    labels = torch.tensor([-100, 1, 2, 3, 4, 5])
+    compare(logits, sources, labels, direction=direction, kd_weight=1.0)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [1000, 4096])
+def test_whole_vectors_with_infinite_logits(K: int, dtype: torch.dtype, direction: str) -> None:
+    """Classes masked in both; one masked in the source alone; a row without any; a NaN."""
+    logits, source = make_logits(6, K, dtype=dtype), make_logits(6, K, dtype=dtype)
+    logits[0, : K // 2] = source[0, : K // 2] = -INF
+    (source if direction == "forward" else logits)[1, 3] = -INF
+    (logits if direction == "forward" else source)[2, 3] = -INF
+    logits[3], source[4] = -INF, -INF
+    logits[5, 7] = torch.nan
+    rows = pycdgkd.multi_source_kl(
+        logits, [source], temperature=1.0, direction=direction, reduction="none"
+    )
+    first, second = (logits, source) if direction == "reverse" else (source, logits)
+    log_p, log_q = (x.double().log_softmax(1) for x in (first, second))
+    p = log_p.exp()
+    expected = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(1)
+    torch.testing.assert_close(rows.double(), expected, rtol=3e-6, atol=0, equal_nan=True)
+    assert rows[:2].isfinite().all()
+    assert rows[2] == INF
+    assert rows[3:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -8,7 +8,7 @@ import torch
 from cases import (
     DTYPES,
     LAYOUTS,
-    assert_grad,
+    assert_kl_grad,
     assert_value,
     double_leaf,
     expanded,
@@ -40,7 +40,7 @@ def compare(
     expected.backward(grad_output.double())
     loss.backward(grad_output)
     assert exact.grad is not None
-    assert_grad(fused.grad, exact.grad, dtype, tolerance)
+    assert_kl_grad(fused.grad, exact.grad, dtype, tolerance)
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
