@@ -7,7 +7,15 @@
 namespace pycdgkd {
 namespace {
 
-constexpr int64_t kProducts = int64_t{1} << 23;  // of a block of rows: they stay in the L2 cache
+// Of a block of rows: few enough that they stay in the L2 cache; but of very many classes more, so
+// that the matrix products are not thin and the prototypes' gradient is not added up too often.
+constexpr int64_t kProducts = int64_t{1} << 23, kMostProducts = int64_t{1} << 25;
+constexpr int64_t kWorthwhileRows = 1024;
+
+int64_t block_rows_of(int64_t N, int64_t K) {
+  const int64_t rows = std::max(kProducts / K, std::min(kWorthwhileRows, kMostProducts / K));
+  return std::min(std::max<int64_t>(rows, 1), std::max<int64_t>(N, 1));
+}
 
 int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : (dtype == Dtype::float32 ? 4 : 2);
@@ -21,7 +29,7 @@ class Run {
         grads_(grads),
         bytes_(m.wide ? 8 : 4),
         stride_(padded(m.modality.D)),
-        block_rows_(std::min(std::max<int64_t>(kProducts / m.K, 1), std::max<int64_t>(m.N, 1))),
+        block_rows_(block_rows_of(m.N, m.K)),
         products_(device.empty({block_rows_, m.K}, type())),
         centred_(device.empty({block_rows_, m.modality.D}, type())),
         converts_(grads.features != nullptr && grads.features_dtype != arithmetic_dtype(m.wide)),

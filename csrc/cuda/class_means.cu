@@ -1,6 +1,7 @@
-// Eq. 1: class means of all modalities in one launch. A thread owns a column and adds up its rows,
-// class by class, in double; row chunks are added in a fixed order by the last block of a column.
-#include "rows.cuh"
+// Eq. 1: class means of all modalities in one launch. Of more classes than few_class_means.cuh is
+// for, a thread owns a column and adds up its rows, class by class, in double; row chunks are added
+// in a fixed order by the last block of a column.
+#include "few_class_means.cuh"
 
 namespace pycdgkd {
 namespace cuda {
@@ -9,46 +10,55 @@ namespace {
 constexpr int kColumns = 128;  // of a block, one a thread
 constexpr int kGroup = 32;     // classes whose sums a block holds
 constexpr int kAhead = 8;      // rows loaded before the first is used
-constexpr int kMostModalities = 8;
 constexpr int64_t kMostTiles = 1024;
-
-struct Part {
-  int64_t D, tiles;
-  Matrix features;
-  void* means;
-  double* sums;        // (chunks, K, D); of one chunk: unused
-  unsigned* counters;  // (tiles,)
-};
-
-struct Arguments {
-  int64_t N, K, chunk_rows;
-  int chunks;
-  Labels labels;
-  int64_t* counts;
-  int64_t* chunk_counts;  // (chunks, K)
-  Part parts[kMostModalities];
-};
 
 struct Plan {
   int64_t chunk_rows;
   int chunks;
 };
 
+int most_of(int64_t K) { return K > 4 ? 8 : (K > 2 ? 4 : 2); }
+
+int tile_columns(int64_t K, bool wide) {
+  if (K > kFewMeans) return kColumns;
+  return 32 * (wide ? few_columns<double>(most_of(K)) : few_columns<float>(most_of(K)));
+}
+
 // Many classes: every block looks at all labels and takes the rows of its own 32 classes.
-Plan plan_of(int64_t N, int64_t K, const Averaged* averaged, int64_t M) {
-  if (K > kGroup) return {N, 1};
+Plan plan_of(const ClassMeans& c, const Averaged* averaged, int64_t M) {
+  if (c.K > kGroup) return {c.N, 1};
+  const int columns = tile_columns(c.K, c.wide);
   int64_t tiles = 0;
-  for (int64_t m = 0; m < M; ++m) tiles += (averaged[m].D + kColumns - 1) / kColumns;
-  const int64_t wanted = 6 * device_limits().multiprocessors / (tiles > 0 ? tiles : 1) + 1;
-  int64_t rows = (N + wanted - 1) / wanted;
-  rows = rows < 64 ? 64 : (rows + kAhead - 1) / kAhead * kAhead;
-  const int64_t chunks = (N + rows - 1) / rows;
+  for (int64_t m = 0; m < M; ++m) tiles += (averaged[m].D + columns - 1) / columns;
+  tiles = tiles > 0 ? tiles : 1;
+  const int64_t multiprocessors = device_limits().multiprocessors;
+  int64_t rows;
+  if (c.K <= kFewMeans) {
+    // All blocks at once on the device, whole warps of rows each.
+    const int64_t wanted = kFewBlocks * multiprocessors / tiles;
+    rows = (c.N + (wanted > 1 ? wanted : 1) - 1) / (wanted > 1 ? wanted : 1);
+    rows = rows < 64 ? 64 : (rows + 31) / 32 * 32;
+  } else {
+    const int64_t wanted = 6 * multiprocessors / tiles + 1;
+    rows = (c.N + wanted - 1) / wanted;
+    rows = rows < 64 ? 64 : (rows + kAhead - 1) / kAhead * kAhead;
+  }
+  const int64_t chunks = (c.N + rows - 1) / rows;
   return {rows, static_cast<int>(chunks < 1 ? 1 : chunks)};
 }
 
-int64_t tiles_of(int64_t D) {
-  const int64_t tiles = (D + kColumns - 1) / kColumns;
+int64_t tiles_of(int64_t D, int columns) {
+  const int64_t tiles = (D + columns - 1) / columns;
   return tiles < 1 ? 1 : (tiles > kMostTiles ? kMostTiles : tiles);
+}
+
+// Whether every row can be read by the vectors of the few-class kernel.
+bool has_column_vectors(const ClassMeans& c, const Averaged& averaged) {
+  if (c.K > kFewMeans || averaged.D == 0) return false;
+  const Matrix& f = averaged.features;
+  const int64_t columns = tile_columns(c.K, c.wide) / 32, bytes = columns * element_size(f.dtype);
+  return f.col_stride == 1 && averaged.D % columns == 0 && is_aligned(f.data, bytes) &&
+         f.row_stride % columns == 0;
 }
 
 // sums[k][thread] over rows [begin, end) of classes [first, first + kGroup) of one column.
@@ -163,22 +173,24 @@ __global__ void __launch_bounds__(kColumns) means_kernel(const __grid_constant__
 // Every tile's blocks write the same counts of their chunk; sums follow, 8-byte aligned.
 size_t bytes_of_parts(const ClassMeans& c, const Averaged* averaged, int64_t M, Arguments* a,
                       char* workspace) {
-  const Plan plan = plan_of(c.N, c.K, averaged, M);
+  const Plan plan = plan_of(c, averaged, M);
   const bool few = c.K <= kGroup;
+  const int columns = tile_columns(c.K, c.wide);
   size_t at = few ? static_cast<size_t>(plan.chunks * c.K) * 8 : 0;
   for (int64_t m = 0; m < M; ++m) {
     if (a != nullptr) {
       a->parts[m] = {averaged[m].D,
-                     tiles_of(averaged[m].D),
+                     tiles_of(averaged[m].D, columns),
                      averaged[m].features,
                      averaged[m].means,
                      reinterpret_cast<double*>(workspace + at),
-                     nullptr};
+                     nullptr,
+                     has_column_vectors(c, averaged[m])};
     }
     if (few) at += static_cast<size_t>(plan.chunks * c.K * averaged[m].D) * 8;
   }
   const size_t counters = at;
-  for (int64_t m = 0; m < M; ++m) at += static_cast<size_t>(tiles_of(averaged[m].D)) * 4;
+  for (int64_t m = 0; m < M; ++m) at += static_cast<size_t>(tiles_of(averaged[m].D, columns)) * 4;
   if (a != nullptr) {
     a->N = c.N;
     a->K = c.K;
@@ -190,6 +202,14 @@ size_t bytes_of_parts(const ClassMeans& c, const Averaged* averaged, int64_t M, 
     a->parts[0].counters = reinterpret_cast<unsigned*>(workspace + counters);
   }
   return at;
+}
+
+template <class A>
+void start(const Arguments& a, dim3 grid, Stream stream) {
+  if (a.K <= 2) return launch<few_means_kernel<A, 2>>(grid, kFewThreads, 0, stream, a);
+  if (a.K <= 4) return launch<few_means_kernel<A, 4>>(grid, kFewThreads, 0, stream, a);
+  if (a.K <= kFewMeans) return launch<few_means_kernel<A, 8>>(grid, kFewThreads, 0, stream, a);
+  launch<means_kernel<A>>(grid, kColumns, 0, stream, a);
 }
 
 void launch_group(const ClassMeans& c, const Averaged* averaged, int64_t M, void* workspace,
@@ -210,11 +230,7 @@ void launch_group(const ClassMeans& c, const Averaged* averaged, int64_t M, void
   const int64_t y = c.K <= kGroup ? a.chunks : (groups < 65535 ? groups : 65535);
   const dim3 grid(static_cast<unsigned>(widest), static_cast<unsigned>(y),
                   static_cast<unsigned>(M));
-  if (c.wide) {
-    launch<means_kernel<double>>(grid, kColumns, 0, stream, a);
-  } else {
-    launch<means_kernel<float>>(grid, kColumns, 0, stream, a);
-  }
+  c.wide ? start<double>(a, grid, stream) : start<float>(a, grid, stream);
 }
 
 template <class A>

@@ -29,6 +29,7 @@ struct Arguments {
   unsigned* counter;  // null: a later launch combines
   int first_part;     // of this launch: 0 is the cross-entropy, 1 + m a modality
   bool in_shared;     // each block centres the prototypes for itself
+  int groups;         // of rows that a warp finishes together
   Part parts[kMostModalities];
 };
 
@@ -36,6 +37,11 @@ struct Arguments {
 struct Sums {
   double loss = 0.0, rate = 0.0, rows = 0.0;
 };
+
+// Of sums that each lane has made for itself.
+__device__ __forceinline__ Sums sum_lanes(const Sums& mine) {
+  return {warp_sum(mine.loss), warp_sum(mine.rate), warp_sum(mine.rows)};
+}
 
 // The block's sums to its place among the partial ones.
 __device__ __forceinline__ void leave(const Arguments& a, int part, const Sums& sums) {

@@ -1,17 +1,17 @@
 // Gradients of few classes from the residuals of the forward pass: of the logits and of the
 // features of all modalities in one launch, of prototypes in one more.
 //
-// grad_z_i = factor_i sum_k residual_ik (c_k - mean): a thread keeps some columns of all prototypes
-// in registers and writes them row by row, so that nothing but the gradient moves; it never reads
-// the features.
+// grad_z_i = factor_i sum_k residual_ik (c_k - mean), which needs no features.
 #include "centred.cuh"
+#include "conversions.cuh"
 
 namespace pycdgkd {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 32;  // rows whose residuals lie in shared memory
+constexpr int kRows = 64, kTile = 32;  // whose residuals lie in shared memory: of the features'
+                                       // gradient, of the prototypes'
 constexpr int kMostModalities = 8;
 
 struct Arguments {
@@ -21,6 +21,7 @@ struct Arguments {
   const void* logits_residual;
   void* grad_logits;
   Dtype logits_dtype;
+  int rows;  // of a block at a time, at most kRows, whole fours
   ModalityBackward parts[kMostModalities];
 };
 
@@ -37,12 +38,12 @@ __device__ __forceinline__ double common_factor(const Factor& f) {
 }
 
 // factor_i residual_ik of `rows` rows from `first` on, the first C classes; zeros for a factor 0.
-template <class A, int C>
+template <int rows_held, class A, int C>
 __device__ __forceinline__ void load_residuals(const Factor& f, A common, const void* residual,
                                                int64_t K, int64_t first, int rows, A (*tile)[C]) {
   const int classes = K < C ? static_cast<int>(K) : C;
   __syncthreads();  // the tile before has been used
-  for (int at = static_cast<int>(threadIdx.x); at < kTile * C; at += kThreads) {
+  for (int at = static_cast<int>(threadIdx.x); at < rows_held * C; at += kThreads) {
     const int r = at / C, k = at - r * C;
     A value = A(0);
     if (r < rows && k < classes) {
@@ -55,84 +56,84 @@ __device__ __forceinline__ void load_residuals(const Factor& f, A common, const 
   __syncthreads();
 }
 
-template <int V, class A>
-__device__ __forceinline__ void store_columns(void* to, int64_t at, Dtype dtype, int64_t columns,
-                                              const A (&values)[V]) {
-  if constexpr (V > 1) {
-    if (columns >= V && dtype == Dtype::float32 && V % 4 == 0 && at % 4 == 0) {
-      float pieces[V];
+// Columns of V to a thread, from registers, to rows whose factors lie in shared memory: nothing but
+// the gradient moves. Where the columns are fewer than the threads, groups of threads take rows of
+// their own, four at a time. T is the gradient's dtype; void, with V = 1, any, at any alignment.
+//
+// C prototypes, or with C = 1 the difference of two, whose residuals sum to 0.
+template <class T, int V, class A, int C>
+__device__ __forceinline__ void columns_grad(const Arguments& a, const ModalityBackward& m,
+                                             A (&tile)[kRows][C]) {
+  const Centred<A> p(m.centred, m.D, a.K);
+  const A common = static_cast<A>(common_factor(m.factor));
+  const int64_t vectors = (m.D + V - 1) / V;
+  int width =
+      kThreads;  // threads of a row; at least kThreads / 16, so that four rows are a group's
+  while (width > kThreads / 16 && width / 2 >= vectors) width /= 2;
+  const int64_t tiles = (vectors + width - 1) / width;
+  const int64_t row_blocks = gridDim.x / tiles > 0 ? gridDim.x / tiles : 1;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int group = thread / width * 4, step = kThreads / width * 4;
+  for (int64_t block = blockIdx.x; block < tiles * row_blocks; block += gridDim.x) {
+    const int64_t column = (block % tiles * width + thread % width) * V;
+    A c[C][V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) pieces[v] = static_cast<float>(values[v]);
+    for (int k = 0; k < C; ++k) {
 #pragma unroll
-      for (int v = 0; v < V; v += 4) {
-        uint4 raw;
-        memcpy(&raw, pieces + v, 16);
-        *reinterpret_cast<uint4*>(static_cast<float*>(to) + at + v) = raw;
-      }
-      return;
+      for (int v = 0; v < V; ++v) c[k][v] = A(0);
+      // A factor of 0 writes zeros, whatever the prototypes hold.
+      if (common == A(0) || column >= m.D || (C > 1 && k >= a.K)) continue;
+      const A* row = p.rows + (C == 1 ? 2 : k) * p.stride + column;
+      load_array<V>(row, c[k]);
     }
-    if (columns >= V && V == 4 && at % 4 == 0 &&
-        (dtype == Dtype::bfloat16 || dtype == Dtype::float16)) {
-      uint16_t pieces[V];
+    for (int64_t first = block / tiles * a.rows; first < a.N; first += row_blocks * a.rows) {
+      const int rows = static_cast<int>(a.N - first < a.rows ? a.N - first : a.rows);
+      load_residuals<kRows>(m.factor, common, m.residual, a.K, first, rows, tile);
+      if (column >= m.D) continue;
+#pragma unroll 1
+      for (int r = group; r < rows; r += step) {
+        A four[4];  // with C = 1, the factors of four rows by one load
+        if constexpr (C == 1) load_array<4>(&tile[0][0] + r, four);
+        int64_t at = (first + r) * m.D + column;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        pieces[v] = dtype == Dtype::bfloat16 ? from_arithmetic<bfloat16>(values[v]).bits
-                                             : from_arithmetic<float16>(values[v]).bits;
+        for (int u = 0; u < 4; ++u, at += m.D) {
+          A x[C], sums[V];
+          if constexpr (C == 1) {
+            x[0] = four[u];
+          } else {
+            load_array<C>(tile[r + u], x);
+          }
+#pragma unroll
+          for (int v = 0; v < V; ++v) sums[v] = x[0] * c[0][v];
+#pragma unroll
+          for (int k = 1; k < C; ++k) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) sums[v] += x[k] * c[k][v];
+          }
+          if (r + u >= rows) continue;
+          if constexpr (std::is_void_v<T>) {
+            store_element(m.grad, at, m.grad_dtype, sums[0]);
+          } else {
+            store_packed<T>(static_cast<T*>(m.grad) + at, sums);
+          }
+        }
       }
-      uint2 raw;
-      memcpy(&raw, pieces, sizeof(raw));
-      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(to) + at) = raw;
-      return;
     }
-  }
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    if (v < columns) store_element(to, at + v, dtype, values[v]);
   }
 }
 
-// Columns of a block: V a thread. C prototypes, or with C = 1 the difference of two, whose
-// residuals sum to 0.
-template <class A, int C, int V>
-__device__ __forceinline__ void modality_grad(const Arguments& a, const ModalityBackward& m) {
-  __shared__ __align__(16) A tile[kTile][C];
-  const Centred<A> p(m.centred, m.D, a.K);
-  const A common = static_cast<A>(common_factor(m.factor));
-  const int64_t tiles = (m.D + kThreads * V - 1) / (kThreads * V);
-  const int64_t row_blocks = gridDim.x / tiles;
-  if (row_blocks == 0 || blockIdx.x >= tiles * row_blocks) return;
-  const int64_t column = (blockIdx.x % tiles * kThreads + threadIdx.x) * V;
-  const int64_t columns = m.D - column;
-  A c[C][V];
-#pragma unroll
-  for (int k = 0; k < C; ++k) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) c[k][v] = A(0);
-    const int64_t row = C == 1 ? 2 : k;
-    if ((C == 1 || k < a.K) && columns > 0) load_array<V>(p.rows + row * p.stride + column, c[k]);
-  }
-  const int64_t step = row_blocks * kTile;
-  for (int64_t first = blockIdx.x / tiles * kTile; first < a.N; first += step) {
-    const int rows = static_cast<int>(a.N - first < kTile ? a.N - first : kTile);
-    load_residuals<A, C>(m.factor, common, m.residual, a.K, first, rows, tile);
-    if (columns <= 0) continue;
-#pragma unroll 2
-    for (int r = 0; r < rows; ++r) {
-      A sums[V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) sums[v] = A(0);
-#pragma unroll
-      for (int k = 0; k < C; ++k) {
-        const A x = tile[r][k];
-#pragma unroll
-        for (int v = 0; v < V; ++v) sums[v] += x * c[k][v];
-      }
-      // A factor of 0 writes zeros, whatever the prototypes hold.
-#pragma unroll
-      for (int v = 0; v < V; ++v) sums[v] = common == A(0) ? A(0) : sums[v];
-      store_columns<V>(m.grad, (first + r) * m.D + column, m.grad_dtype, columns, sums);
-    }
-  }
+// As many columns to a thread as 16 bytes hold, unless so many prototypes would not fit registers.
+template <class T, int C>
+constexpr int owned_columns() {
+  const int most = (C > 16 ? 2 : (C > 8 ? 4 : 8)) / (sizeof(T) == 8 && C > 16 ? 2 : 1);
+  return most < kVector<T> ? most : kVector<T>;
+}
+
+template <class T, int C>
+__device__ __forceinline__ bool has_vectors(const ModalityBackward& m) {
+  constexpr int V = owned_columns<T, C>();
+  return m.grad_dtype == dtype_of<T> && m.D % V == 0 &&
+         reinterpret_cast<uintptr_t>(m.grad) % (V * sizeof(T)) == 0;
 }
 
 template <class A>
@@ -146,35 +147,92 @@ __device__ __forceinline__ void logits_grad(const Arguments& a) {
   }
 }
 
-template <class A, int C, int V>
-__global__ void __launch_bounds__(kThreads, 1)
+template <class A, int C>
+__global__ void __launch_bounds__(kThreads, C > 1 ? 4 : 8)
     backward_kernel(const __grid_constant__ Arguments a) {
+  __shared__ __align__(16) A tile[kRows][C];
   const int y = static_cast<int>(blockIdx.y);
   if (a.logits != 0 && y == 0) return logits_grad<A>(a);
-  modality_grad<A, C, V>(a, a.parts[y - a.logits]);
+  const ModalityBackward& m = a.parts[y - a.logits];
+  if constexpr (sizeof(A) == 8) {
+    if (has_vectors<double, C>(m))
+      return columns_grad<double, owned_columns<double, C>()>(a, m, tile);
+  } else {
+    if (has_vectors<float, C>(m)) return columns_grad<float, owned_columns<float, C>()>(a, m, tile);
+    if (has_vectors<bfloat16, C>(m)) {
+      return columns_grad<bfloat16, owned_columns<bfloat16, C>()>(a, m, tile);
+    }
+    if (has_vectors<float16, C>(m)) {
+      return columns_grad<float16, owned_columns<float16, C>()>(a, m, tile);
+    }
+  }
+  columns_grad<void, 1>(a, m, tile);
 }
 
-template <class A, int C, int V>
-void start(const Arguments& a, int parts, int modalities, Stream stream) {
+// A factor alone, of whole vectors; what is left over is a thread's of the first block.
+template <class T, class A>
+__device__ __forceinline__ void scale_vectors(const Arguments& a, A common) {
+  constexpr int V = kVector<A>;
+  const auto* from = static_cast<const A*>(a.logits_residual);
+  auto* to = static_cast<T*>(a.grad_logits);
+  const int64_t count = a.N * a.K / V, step = static_cast<int64_t>(gridDim.x) * kThreads;
+#pragma unroll 4
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < count;
+       at += step) {
+    A x[V];
+    unpack<A, V>(load_packed<V>(from + at * V), x);
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] = common == A(0) ? A(0) : common * x[v];
+    store_packed<T>(to + at * V, x);
+  }
+  const int64_t at = count * V + threadIdx.x;
+  if (blockIdx.x != 0 || at >= a.N * a.K) return;
+  to[at] = from_arithmetic<T>(common == A(0) ? A(0) : common * from[at]);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__ Arguments a) {
+  const A common = static_cast<A>(common_factor(a.logits_factor));
+  const uintptr_t places =
+      reinterpret_cast<uintptr_t>(a.logits_residual) | reinterpret_cast<uintptr_t>(a.grad_logits);
+  if (places % 16 != 0) return logits_grad<A>(a);
+  if constexpr (sizeof(A) == 8) {
+    if (a.logits_dtype == Dtype::float64) return scale_vectors<double>(a, common);
+  } else {
+    if (a.logits_dtype == Dtype::float32) return scale_vectors<float>(a, common);
+    if (a.logits_dtype == Dtype::bfloat16) return scale_vectors<bfloat16>(a, common);
+    if (a.logits_dtype == Dtype::float16) return scale_vectors<float16>(a, common);
+  }
+  logits_grad<A>(a);
+}
+
+template <class A, int C>
+void start(Arguments a, int parts, int modalities, Stream stream) {
   const int64_t most = 16 * device_limits().multiprocessors;
   int64_t blocks = a.logits != 0 ? blocks_for(a.N * a.K, 4 * kThreads, most) : 1;
-  for (int m = 0; m < modalities; ++m) {
-    const int64_t tiles = (a.parts[m].D + kThreads * V - 1) / (kThreads * V);
-    const int64_t rows = blocks_for(a.N, kTile, tiles < most ? most / tiles : 1);
-    if (tiles > 0 && tiles * rows > blocks) blocks = tiles * rows;
-  }
+  int64_t widest = 0;
+  for (int m = 0; m < modalities; ++m) widest = a.parts[m].D > widest ? a.parts[m].D : widest;
+  // At least the kernel's own tiles of columns. Few rows are spread over more blocks.
+  const int64_t tiles = (widest + kThreads - 1) / kThreads;
+  a.rows = a.N * tiles < kRows * most ? kRows / 4 : kRows;
+  const int64_t wanted = tiles * ((a.N + a.rows - 1) / a.rows);
+  blocks = wanted > blocks ? (wanted < most ? wanted : most) : blocks;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(parts));
-  launch<backward_kernel<A, C, V>>(grid, kThreads, 0, stream, a);
+  launch<backward_kernel<A, C>>(grid, kThreads, 0, stream, a);
 }
 
 template <class A>
 void start(const Arguments& a, int parts, int modalities, Stream stream) {
-  constexpr int wide = sizeof(A) / 4;
-  if (a.K == 2) return start<A, 1, 4 / wide>(a, parts, modalities, stream);
-  if (a.K <= 4) return start<A, 4, 4 / wide>(a, parts, modalities, stream);
-  if (a.K <= 8) return start<A, 8, 4 / wide>(a, parts, modalities, stream);
-  if (a.K <= 16) return start<A, 16, 4 / wide>(a, parts, modalities, stream);
-  start<A, 32, 2 / wide>(a, parts, modalities, stream);
+  if (modalities == 0) {
+    constexpr int64_t per_block = 4 * kThreads * kVector<A>;
+    const int64_t most = 32 * device_limits().multiprocessors;
+    return launch<scale_kernel<A>>(blocks_for(a.N * a.K, per_block, most), kThreads, 0, stream, a);
+  }
+  if (a.K == 2) return start<A, 1>(a, parts, modalities, stream);
+  if (a.K <= 4) return start<A, 4>(a, parts, modalities, stream);
+  if (a.K <= 8) return start<A, 8>(a, parts, modalities, stream);
+  if (a.K <= 16) return start<A, 16>(a, parts, modalities, stream);
+  start<A, 32>(a, parts, modalities, stream);
 }
 
 // ---- the prototypes' gradient -------------------------------------------------------------------
@@ -206,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t end = begin + a.chunk_rows < g.N ? begin + a.chunk_rows : g.N;
   for (int64_t first = begin; first < end; first += kTile) {
     const int rows = static_cast<int>(end - first < kTile ? end - first : kTile);
-    load_residuals<A, C>(g.factor, common, g.residual, g.K, first, rows, tile);
+    load_residuals<kTile>(g.factor, common, g.residual, g.K, first, rows, tile);
     for (int r = 0; t < C && r < rows; ++r) total += static_cast<double>(tile[r][t]);
 #pragma unroll 4
     for (int r = 0; r < rows; ++r) {
@@ -272,9 +330,15 @@ void teacher_backward(const TeacherBackward& t, Stream stream) {
   bool logits = t.grad_logits != nullptr;
   int64_t next = 0;
   do {
-    Arguments a{
-        t.N, t.K, logits ? 1 : 0, t.logits_factor, t.logits_residual, t.grad_logits, t.logits_dtype,
-        {}};
+    Arguments a{t.N,
+                t.K,
+                logits ? 1 : 0,
+                t.logits_factor,
+                t.logits_residual,
+                t.grad_logits,
+                t.logits_dtype,
+                kRows,
+                {}};
     int modalities = 0;
     while (next < t.M && modalities < kMostModalities) {
       const ModalityBackward& m = t.modalities[next++];
