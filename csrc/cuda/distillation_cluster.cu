@@ -33,22 +33,25 @@ constexpr int kSums = S + 2 + (reverse ? 1 : S);
 
 template <int S, bool reverse>
 struct alignas(16) Shared {
-  float warp_maxima[kWarps][S + 1];
+  float warp_maxima[S + 1][kWarps];
   float warp_sums[kWarps][kSums<S, reverse>];
   double warp_extra[kWarps];
   First<S> first[kRanks];
   double second[kRanks][kSums<S, reverse>];
   double extra[2][kRanks];
   double ce, kl, rows;  // sums of this cluster; rows that take part in all
+  // Of the row, as its first warp finds them.
+  float maxima[S + 1], anchors[S], sums[kSums<S, reverse>], mean, divergence;
+  bool careful;
   Ratio<float> ratios[S];
-  float anchors[S];
   float weights[S], factors[S];  // of the active sources; weight / temperature
   int active[S];
   int count;
 };
 
-// e^(x scale) for x <= 0, scale = hi + lo in units of log2. Of 16-bit logits x has few digits; of
-// float32 what the product's rounding loses is put back, as in fast_exp.
+// For e^(x scale), x <= 0, with scale = hi + lo in units of log2. `exact` puts back what rounding
+// x scale loses, a part in |x| 2^24, as fast_exp does: for the student's classes in float32, of
+// which even the least likely may be all that the cross-entropy of a sure row is made of.
 struct Scale {
   float hi, lo;
 };
@@ -59,10 +62,10 @@ __device__ __forceinline__ Scale scale_of(double temperature) {
   return {hi, static_cast<float>(scale - static_cast<double>(hi))};
 }
 
-template <class T>
+template <bool exact>
 __device__ __forceinline__ float exponential(float x, const Scale& scale) {
   const float y = x * scale.hi, e = exp2_approximate(y);
-  if (sizeof(T) == 2 || e == 0.0f) return e;
+  if (!exact || e == 0.0f) return e;
   return fmaf(e * fmaf(x, scale.lo, fmaf(x, scale.hi, -y)), kLn2, e);
 }
 
@@ -83,6 +86,8 @@ __device__ __forceinline__ void unpack(const uint4* raw, int part, float (&to)[k
 template <class T, int S, int R, bool reverse>
 class ClusterRows {
   static constexpr int V = kVector<T>, W = kPart, parts = V / W, Q = kSums<S, reverse>;
+  static constexpr bool exact = sizeof(T) == 4;
+  static_assert(R * V <= 32, "tell_anchors: a lane an element");
   using Common = Shared<S, reverse>;
 
  public:
@@ -120,15 +125,16 @@ class ClusterRows {
     if (next < d_.N) ask_for(next);
     find_maxima();
     add_up();
-    float mean = 0.0f, divergence = 0.0f;
-    const bool careful = count_ > 0 && !follows(mean, divergence);
+    if (warp_id() == 0) settle();
+    __syncthreads();
     const float true_exp =
-        plain(true_logit - maxima_[0], exponential<T>(true_logit - maxima_[0], scale_));
-    const Residual residual(true_exp, sums_[1]);
-    if (careful) {
+        plain(true_logit - maxima_[0], exponential<exact>(true_logit - maxima_[0], scale_));
+    const Residual residual(true_exp, shared_.sums[1]);
+    float divergence = shared_.divergence;
+    if (shared_.careful) {
       divergence = once_more(factors, residual);
     } else if (d_.grad != nullptr) {
-      write(mean, factors, residual);
+      write(factors, residual);
     }
     if (rank_ != 0 || threadIdx.x != 0) return;
     if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i] = divergence;
@@ -175,8 +181,9 @@ class ClusterRows {
   __device__ __forceinline__ float plain(float x, float e) const {
     return temperature_ == 2.0f
                ? e * e
-               : (temperature_ == 1.0f ? e
-                                       : exponential<T>(x, Scale{1.44269504f, 1.925963033e-8f}));
+               : (temperature_ == 1.0f
+                      ? e
+                      : exponential<exact>(x, Scale{1.44269504f, 1.925963033e-8f}));
   }
   // Vector r of this thread's, of the student (0) or an active source.
   __device__ __forceinline__ uint4* place(int row, int r) const {
@@ -236,91 +243,82 @@ class ClusterRows {
 #pragma unroll
     for (int j = 0; j <= S; ++j) {
       const float most = warp_max(mine[j]);
-      if (lane_id() == 0) shared_.warp_maxima[warp_id()][j] = most;
+      if (lane_id() == 0) shared_.warp_maxima[j][warp_id()] = most;
     }
     __syncthreads();
-    First<S> block;
+    const int warps = static_cast<int>(blockDim.x) / 32;
 #pragma unroll
     for (int j = 0; j <= S; ++j) {
-      block.maximum[j] = shared_.warp_maxima[0][j];
-      int owner = 0;
-      for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) {
-        const float other = shared_.warp_maxima[w][j];
-        owner = other > block.maximum[j] ? w : owner;
-        block.maximum[j] = fmaxf(block.maximum[j], other);
-      }
       // Reverse: of the student all sources' anchors; forward: of each source the student's.
-      if ((j == 0) == reverse && owner == warp_id()) tell_anchors(j, mine[j], block.maximum[j]);
-    }
-    if (threadIdx.x < size_) {
-      First<S>* to = in_block(&shared_.first[rank_], threadIdx.x);
-#pragma unroll
-      for (int j = 0; j <= S; ++j) to->maximum[j] = block.maximum[j];
+      const bool anchors = (j == 0) == reverse && j <= count_;
+      if (!anchors && warp_id() != 0) continue;
+      const float most = lane_id() < warps ? shared_.warp_maxima[j][lane_id()] : -infinity<float>();
+      const float block = warp_max(most);
+      if (anchors && first_lane(lane_id() < warps && most == block) == warp_id()) {
+        tell_anchors(j, first_lane(mine[j] == block), block);
+      }
+      if (threadIdx.x < size_) in_block(&shared_.first[rank_], threadIdx.x)->maximum[j] = block;
     }
     meet();
-    block = shared_.first[0];
-    for (unsigned q = 1; q < size_; ++q) {
-      const First<S>& other = shared_.first[q];
+    combine_maxima();
+  }
+
+  __device__ __forceinline__ void combine_maxima() {
+    const auto rank = static_cast<unsigned>(lane_id());
+    float anchors[S];
 #pragma unroll
-      for (int j = 0; j < S; ++j) {
-        const int row = reverse ? 0 : 1 + j;
-        if (other.maximum[row] > block.maximum[row]) block.anchor[j] = other.anchor[j];
-      }
+    for (int j = 0; j <= S; ++j) {
+      const float most = rank < size_ ? shared_.first[rank].maximum[j] : -infinity<float>();
+      maxima_[j] = warp_max(most);
+      if ((j == 0) != reverse) continue;
+      const First<S>& from = shared_.first[first_lane(rank < size_ && most == maxima_[j])];
+      if (j > 0) anchors[j - 1] = from.anchor[j - 1];
 #pragma unroll
-      for (int j = 0; j <= S; ++j) block.maximum[j] = fmaxf(block.maximum[j], other.maximum[j]);
+      for (int other = 0; j == 0 && other < S; ++other) anchors[other] = from.anchor[other];
     }
-#pragma unroll
-    for (int j = 0; j <= S; ++j) maxima_[j] = block.maximum[j];
     constant_ = 0.0f;
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       offsets_[j] = 0.0f;
       if (j >= count_) continue;
-      const float other = block.anchor[j];
-      const float difference = reverse ? maxima_[0] - other : other - maxima_[1 + j];
+      const float difference = reverse ? maxima_[0] - anchors[j] : anchors[j] - maxima_[1 + j];
       offsets_[j] = difference - difference == 0.0f ? difference : 0.0f;
       constant_ -= shared_.factors[j] * offsets_[j];
-      if (threadIdx.x == 0) shared_.anchors[j] = other;
+      if (threadIdx.x == 0) shared_.anchors[j] = anchors[j];
     }
+    if (threadIdx.x != 0) return;
+#pragma unroll
+    for (int j = 0; j <= S; ++j) shared_.maxima[j] = maxima_[j];
   }
 
-  // The first thread of the warp that holds the block's largest value of row j.
-  __device__ __forceinline__ void tell_anchors(int j, float mine, float most) const {
-    const unsigned all = __ballot_sync(kAllLanes, mine == most);
-    if (lane_id() != __ffs(static_cast<int>(all)) - 1) return;
-    float anchor[S] = {};
-    bool found = false;
-#pragma unroll 1
-    for (int r = 0; r < R && vector(r) < vectors_; ++r) {
-#pragma unroll
-      for (int n = 0; n < V; ++n) {
-        float x[W];
-        unpack<T>(place(j, r), n / W, x);
-        if (found || x[n % W] != most) continue;
-        found = true;
-#pragma unroll
-        for (int other = 0; other < S; ++other) {
-          float t[W];
-          unpack<T>(place(reverse ? 1 + other : 0, r), n / W, t);
-          anchor[other] = t[n % W];
-        }
-      }
-    }
+  __device__ __forceinline__ int first_lane(bool holds) const {
+    return __ffs(static_cast<int>(__ballot_sync(kAllLanes, holds))) - 1;
+  }
+
+  // By the warp that has the block's largest value of row j: lane n looks at element n of those
+  // that lane `owner` holds.
+  __device__ __forceinline__ void tell_anchors(int j, int owner, float most) const {
+    const int back = owner - lane_id(), n = lane_id();
+    const auto element = [&](int row, int at) {
+      return to_arithmetic(reinterpret_cast<const T*>(place(row, at / V) + back)[at % V]);
+    };
+    const bool held = n < R * V && vector(n / V) + back < vectors_;
+    const int at = first_lane(held && element(j, n) == most);
+    const int slot = reverse ? n : j - 1;
+    if (at < 0 || n >= (reverse ? count_ : 1)) return;
+    const float anchor = element(reverse ? 1 + n : 0, at);
     for (unsigned q = 0; q < size_; ++q) {
-      First<S>* to = in_block(&shared_.first[rank_], q);
-#pragma unroll
-      for (int other = 0; other < S; ++other) {
-        if (reverse || 1 + other == j) to->anchor[other] = anchor[other];
-      }
+      in_block(&shared_.first[rank_], q)->anchor[slot] = anchor;
     }
   }
 
   // ---- the second meeting ----
 
+  template <bool exactly>
   __device__ __forceinline__ void exponentials(const float (&x)[W], float maximum,
                                                float (&e)[W]) const {
 #pragma unroll
-    for (int v = 0; v < W; ++v) e[v] = exponential<T>(x[v] - maximum, scale_);
+    for (int v = 0; v < W; ++v) e[v] = exponential<exactly>(x[v] - maximum, scale_);
   }
 
   // Reverse: sum_j w_j (s - t_j - offset_j) / T, the slope but for a constant of the row.
@@ -362,18 +360,12 @@ class ClusterRows {
       }
     }
     meet();
-#pragma unroll
-    for (int q = 0; q < Q; ++q) {
-      double total = 0.0;
-      for (unsigned rank = 0; rank < size_; ++rank) total += shared_.second[rank][q];
-      sums_[q] = static_cast<float>(total);
-    }
   }
 
   __device__ __forceinline__ void add_part(int r, int h, float (&sums)[Q]) const {
     float s[W], e[W], x[W];
     unpack<T>(place(0, r), h, s);
-    exponentials(s, maxima_[0], e);
+    exponentials<exact>(s, maxima_[0], e);
     shares(r, h, s, e, 0.0f, x);
 #pragma unroll
     for (int v = 0; v < W; ++v) {
@@ -389,7 +381,7 @@ class ClusterRows {
     for (int j = 0; j < S; ++j) {
       if (j >= count_) continue;
       unpack<T>(place(1 + j, r), h, x);
-      exponentials(x, maxima_[1 + j], e);
+      exponentials<false>(x, maxima_[1 + j], e);
 #pragma unroll
       for (int v = 0; v < W; ++v) {
         sums[2 + j] += e[v];
@@ -402,46 +394,55 @@ class ClusterRows {
   __device__ __forceinline__ void shares(int r, int h, const float (&s)[W], const float (&e)[W],
                                          float own, float (&share)[W]) const {
     const int first = vector(r) * V + h * W;
+    if (temperature_ == 2.0f) {
 #pragma unroll
-    for (int v = 0; v < W; ++v) {
-      share[v] = first + v == y_ ? own : plain(s[v] - maxima_[0], e[v]);
+      for (int v = 0; v < W; ++v) share[v] = e[v] * e[v];
+    } else {
+#pragma unroll
+      for (int v = 0; v < W; ++v) share[v] = plain(s[v] - maxima_[0], e[v]);
     }
+    if (y_ < first || y_ >= first + W) return;
+#pragma unroll
+    for (int v = 0; v < W; ++v) share[v] = first + v == y_ ? own : share[v];
   }
 
-  // Ratios, mean slope and divergence by the sums alone; false where they say too little.
-  __device__ __forceinline__ bool follows(float& mean, float& divergence) const {
-#pragma unroll
-    for (int j = 0; j < S; ++j) {
-      if (static_cast<int>(threadIdx.x) != j || j >= count_) continue;
-      shared_.ratios[j] =
-          ratio_of(reverse, shared_.weights[j], maxima_[0], sums_[0], maxima_[1 + j], sums_[2 + j],
-                   shared_.anchors[j], inverse_temperature());
+  // By the first warp: ratios, mean slope and divergence from the sums alone, or the word that
+  // these say too little.
+  __device__ __forceinline__ void settle() const {
+    const int lane = lane_id();
+    if (lane < Q) {
+      double total = 0.0;
+      for (unsigned rank = 0; rank < size_; ++rank) total += shared_.second[rank][lane];
+      shared_.sums[lane] = static_cast<float>(total);
     }
-    __syncthreads();
-    mean = reverse ? sums_[2 + S] / sums_[0] : 0.0f;
-    divergence = mean;
-    float magnitude = 1.0f + fabsf(mean);
-#pragma unroll
-    for (int j = 0; j < S; ++j) {
-      if (j >= count_) continue;
-      const float weight = shared_.weights[j], log_ratio = shared_.ratios[j].log_ratio;
-      float part = -log_ratio;
-      if (!reverse) {
-        const float gap = sums_[2 + S + j] * shared_.ratios[j].inverse * inverse_temperature();
-        part = log_ratio - gap;
-        magnitude += weight * fabsf(gap);
-      }
-      divergence += weight * part;
-      magnitude +=
-          weight * (fabsf(log_ratio) + fabsf(shared_.ratios[j].offset * inverse_temperature()));
+    __syncwarp();
+    const float* sums = shared_.sums;
+    float part = 0.0f, magnitude = 0.0f;
+    if (lane < count_) {
+      const float weight = shared_.weights[lane], factor = shared_.factors[lane];
+      const Ratio<float> ratio =
+          ratio_of(reverse, weight, shared_.maxima[0], sums[0], shared_.maxima[1 + lane],
+                   sums[2 + lane], shared_.anchors[lane], 1.0f / temperature_);
+      shared_.ratios[lane] = ratio;
+      const float gap = reverse ? 0.0f : factor * sums[2 + S + lane] * ratio.inverse;
+      part = weight * (reverse ? -ratio.log_ratio : ratio.log_ratio) - gap;
+      magnitude = weight * fabsf(ratio.log_ratio) + factor * fabsf(ratio.offset) + fabsf(gap);
     }
+    const float mean = reverse ? sums[2 + S] / sums[0] : 0.0f;
+    const float divergence = count_ > 0 ? mean + warp_sum(part) : 0.0f;
+    magnitude = 1.0f + fabsf(mean) + warp_sum(magnitude);
+    if (lane != 0) return;
     // Each sum is good to some 1e-7 of `magnitude`: to 3e-6 of the divergence, if it is no smaller.
-    return divergence >= magnitude / 32.0f && divergence - divergence == 0.0f;
+    const bool good = divergence >= magnitude / 32.0f && divergence - divergence == 0.0f;
+    shared_.careful = count_ > 0 && !good;
+    shared_.mean = mean;
+    shared_.divergence = divergence;
   }
 
-  __device__ __forceinline__ void write(float mean, const Factors<float>& factors,
-                                        const Residual& residual) {
-    const float kl_factor = count_ > 0 ? factors.kl / sums_[0] : 0.0f;
+  __device__ __forceinline__ void write(const Factors<float>& factors,
+                                        const Residual& residual) const {
+    const float kl_factor = count_ > 0 ? factors.kl / shared_.sums[0] : 0.0f;
+    const float mean = shared_.mean, ce_factor = factors.ce * residual.factor;
     float total_weight = 0.0f;
     if (!reverse) {
 #pragma unroll
@@ -454,7 +455,7 @@ class ClusterRows {
       for (int h = 0; h < parts; ++h) {
         float s[W], e[W], part[W];
         unpack<T>(place(0, r), h, s);
-        exponentials(s, maxima_[0], e);
+        exponentials<exact>(s, maxima_[0], e);
         if (reverse) {
           slopes(r, h, s, part);
 #pragma unroll
@@ -465,7 +466,7 @@ class ClusterRows {
         if (d_.labels.data != nullptr) {
           shares(r, h, s, e, -residual.others, s);
 #pragma unroll
-          for (int v = 0; v < W; ++v) part[v] += factors.ce * residual.factor * s[v];
+          for (int v = 0; v < W; ++v) part[v] += ce_factor * s[v];
         }
 #pragma unroll
         for (int v = 0; v < W; ++v) values[h * W + v] = part[v];
@@ -485,7 +486,7 @@ class ClusterRows {
       const float weight = kl_factor * shared_.ratios[j].weight * shared_.ratios[j].inverse;
       float t[W], q[W];
       unpack<T>(place(1 + j, r), h, t);
-      exponentials(t, maxima_[1 + j], q);
+      exponentials<false>(t, maxima_[1 + j], q);
 #pragma unroll
       for (int v = 0; v < W; ++v) difference[v] -= weight * q[v];
     }
@@ -520,7 +521,7 @@ class ClusterRows {
     for (int k = begin_ * V + static_cast<int>(threadIdx.x); k < last;
          k += static_cast<int>(blockDim.x)) {
       const float s = to_arithmetic(s_row[k]);
-      const float e = exponential<T>(s - maxima_[0], scale_), p = e / sums_[0];
+      const float e = exponential<exact>(s - maxima_[0], scale_), p = e / shared_.sums[0];
       float slope = 0.0f, share = 0.0f;
 #pragma unroll 1
       for (int j = 0; j < count_; ++j) {
@@ -561,7 +562,6 @@ class ClusterRows {
   int count_, y_;
   int64_t i_;
   float maxima_[S + 1], offsets_[S], constant_;
-  float sums_[Q];
 };
 
 // Of the smallest kernel three blocks of 256 threads fit a multiprocessor's registers.

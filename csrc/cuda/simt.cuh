@@ -64,13 +64,17 @@ inline unsigned most_cluster_blocks() {
 inline unsigned most_cluster_threads() { return 512; }
 
 #if defined(__CUDACC__)
+template <auto kernel>
+void allow_shared(size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)));
+}
+
 // Errors of the launch itself are told here, those of the run at the next synchronisation.
 template <auto kernel, class... Args>
 void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Args&... args) {
-  if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)));
-  }
+  allow_shared<kernel>(shared_bytes);
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
@@ -101,6 +105,7 @@ struct ClusterLaunch {
 template <auto kernel>
 unsigned resident_clusters(unsigned size, unsigned threads, size_t shared_bytes) {
   int count = 0;
+  allow_shared<kernel>(shared_bytes);
   if (size == 1) {
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, static_cast<int>(threads),
                                                         shared_bytes));
@@ -117,6 +122,7 @@ unsigned resident_clusters(unsigned size, unsigned threads, size_t shared_bytes)
 template <auto kernel, class... Args>
 void launch_clusters(unsigned clusters, unsigned size, unsigned threads, size_t shared_bytes,
                      Stream stream, const Args&... args) {
+  allow_shared<kernel>(shared_bytes);
   const ClusterLaunch launch(clusters, size, threads, shared_bytes, stream);
   check(cudaLaunchKernelEx(&launch.config, kernel, args...));
 }
