@@ -90,15 +90,33 @@ __device__ __forceinline__ void copy_out(const A* from, void* to, int64_t count)
   for (int64_t i = threadIdx.x; i < count; i += kThreads) static_cast<A*>(to)[i] = from[i];
 }
 
-// Blocks of a multiprocessor: what the registers of C products of R rows allow.
+template <class A, int C, int R>
+__device__ __forceinline__ Sums prototype_rows(const Arguments& a, const Part& part,
+                                               void* centred) {
+  const Modality& m = part.modality;
+  const Centred<A> p(centred, m.D, a.K);
+  if (a.in_shared) {
+    centre_by_block(m.prototypes, a.counts, m.D, a.K, static_cast<A>(a.scale), p);
+    if (blockIdx.x == 0 && m.centred != nullptr) {
+      copy_out(p.mean, m.centred, centred_size(m.D, a.K));
+    }
+  }
+  if constexpr (C <= 8) {
+    return lane_rows<A, C, R>(a, part, p);
+  } else {
+    return warp_rows<A, C, R>(a, part, p);
+  }
+}
+
+// Blocks of a multiprocessor: what the registers of C products allow.
 template <class A>
-constexpr int resident_blocks(int64_t C, int R) {
-  return C <= 1 && R > 1 ? 3 : (C * static_cast<int64_t>(sizeof(A)) <= 32 ? 2 : 1);
+constexpr int resident_blocks(int64_t C) {
+  return C * static_cast<int64_t>(sizeof(A)) <= 16 ? 2 : 1;
 }
 
 // C products a row, R rows a warp; C = 0: rows of many classes, which are finished already.
 template <class A, int C, int R>
-__global__ void __launch_bounds__(kThreads, resident_blocks<A>(C, R))
+__global__ void __launch_bounds__(kThreads, resident_blocks<A>(C))
     teacher_kernel(const __grid_constant__ Arguments a) {
   const int part = a.first_part + static_cast<int>(blockIdx.y);
   Sums sums;
@@ -109,18 +127,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<A>(C, R))
     if constexpr (C == 0) {
       sums = finished_rows<A>(a, mine.modality);
     } else {
-      const Modality& m = mine.modality;
-      const Centred<A> p(a.in_shared ? dynamic_shared() : m.centred, m.D, a.K);
-      if (a.in_shared) {
-        centre_by_block(m.prototypes, a.counts, m.D, a.K, static_cast<A>(a.scale), p);
-        if (blockIdx.x == 0 && m.centred != nullptr) {
-          copy_out(p.mean, m.centred, centred_size(m.D, a.K));
-        }
-      }
-      if constexpr (C <= 8) {
-        sums = lane_rows<A, C, R>(a, mine, p);
+      // Two copies where it pays, so that the one knows its loads to be of shared memory.
+      if (C == 1 && R > 1 && a.in_shared) {
+        sums = prototype_rows<A, C, R>(a, mine, dynamic_shared());
       } else {
-        sums = warp_rows<A, C, R>(a, mine, p);
+        sums = prototype_rows<A, C, R>(a, mine,
+                                       a.in_shared ? dynamic_shared() : mine.modality.centred);
       }
     }
   }
@@ -168,8 +180,8 @@ Rows rows_of(const Teacher& t) {
   if (t.K > kFewClasses || t.M == 0) {
     return {blocks_for(t.N, kThreads, 4 * multiprocessors), true, 1};
   }
-  const int64_t C = t.K == 2 ? 1 : (t.K > 8 ? 16 : 8);
-  const int resident = t.wide ? resident_blocks<double>(C, 4) : resident_blocks<float>(C, 4);
+  const int64_t C = t.K == 2 ? 1 : (t.K > 4 ? 8 : 4);
+  const int resident = t.wide ? resident_blocks<double>(C) : resident_blocks<float>(C);
   const int64_t blocks = (resident > 1 ? resident : 4) * multiprocessors;
   const bool few = t.N <= blocks * kWarps, many = t.N >= 2 * 4 * blocks * kWarps;
   return {blocks_for(t.N, few ? kWarps : 4 * kWarps, blocks), few, many ? 2 : 1};

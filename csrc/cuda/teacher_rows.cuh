@@ -94,11 +94,11 @@ __device__ __forceinline__ int pieces_of(int64_t vectors) {
   return static_cast<int>((vectors - lane_id() + 31) / 32);
 }
 
-// Pieces in flight: of 16 bytes, 8 a lane in float32, fewer where the sums take the registers.
+// Pieces in flight: of 16 bytes, 8 a lane, fewer where the sums take the registers.
 template <class T, int R, int C, class A>
 __device__ __forceinline__ void row_products(const Part& part, int64_t first, const Centred<A>& p,
                                              const A* y, int count, A (&acc)[R][C]) {
-  constexpr int V = kVector<T>, U = C > 1 ? 1 : (R == 1 ? 4 : (sizeof(T) == 2 ? 1 : 2));
+  constexpr int V = kVector<T>, U = C > 1 ? 1 : 8 / (R < 2 ? 2 : R);
   const Matrix& features = part.modality.features;
   const T* rows = static_cast<const T*>(features.data) + first * features.row_stride;
   const int64_t D = part.modality.D, whole = part.vectors ? D / V * V : 0;
