@@ -77,9 +77,60 @@ __device__ __forceinline__ void unpack(const uint4* raw, int part, float (&to)[k
   struct alignas(kPart * sizeof(T)) Part {
     T elements[kPart];
   };
-  const Part elements = reinterpret_cast<const Part*>(raw)[part];
+  const Part from = reinterpret_cast<const Part*>(raw)[part];
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    uint2 words;
+    memcpy(&words, &from, sizeof(words));
+    to[0] = bit_cast<float>(words.x << 16);
+    to[1] = bit_cast<float>(words.x & 0xffff0000u);
+    to[2] = bit_cast<float>(words.y << 16);
+    to[3] = bit_cast<float>(words.y & 0xffff0000u);
+  } else {
 #pragma unroll
-  for (int v = 0; v < kPart; ++v) to[v] = to_arithmetic(elements.elements[v]);
+    for (int v = 0; v < kPart; ++v) to[v] = to_arithmetic(from.elements[v]);
+  }
+}
+
+// The larger of each of the two 16-bit elements that words hold; NaN counts for nothing.
+template <class T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t most;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  }
+  return most;
+#else
+  T x[2], y[2];
+  memcpy(x, &a, sizeof(a));
+  memcpy(y, &b, sizeof(b));
+  for (int v = 0; v < 2; ++v) {
+    const float left = to_arithmetic(x[v]), right = to_arithmetic(y[v]);
+    if (!(left >= right) && right == right) x[v] = y[v];
+  }
+  uint32_t most;
+  memcpy(&most, x, sizeof(most));
+  return most;
+#endif
+}
+
+// The largest of a vector and `most`.
+template <class T>
+__device__ __forceinline__ float larger(float most, const uint4* raw) {
+  const uint4 from = *raw;
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t pair =
+        larger_pair<T>(larger_pair<T>(from.x, from.y), larger_pair<T>(from.z, from.w));
+    T both[2];
+    memcpy(both, &pair, sizeof(pair));
+    return fmaxf(most, fmaxf(to_arithmetic(both[0]), to_arithmetic(both[1])));
+  } else {
+    float x[4];
+    memcpy(x, &from, sizeof(from));
+    return fmaxf(fmaxf(most, fmaxf(x[0], x[1])), fmaxf(x[2], x[3]));
+  }
 }
 
 // S: slots for active sources. R: vectors of a row that each thread holds.
@@ -231,13 +282,7 @@ class ClusterRows {
     for (int j = 0; j <= S; ++j) {
       for (int r = 0; r < R; ++r) {
         if (j > count_ || vector(r) >= vectors_) break;
-#pragma unroll
-        for (int h = 0; h < parts; ++h) {
-          float x[W];
-          unpack<T>(place(j, r), h, x);
-#pragma unroll
-          for (int v = 0; v < W; ++v) mine[j] = fmaxf(mine[j], x[v]);
-        }
+        mine[j] = larger<T>(mine[j], place(j, r));
       }
     }
 #pragma unroll
@@ -321,7 +366,7 @@ class ClusterRows {
     for (int v = 0; v < W; ++v) e[v] = exponential<exactly>(x[v] - maximum, scale_);
   }
 
-  // Reverse: sum_j w_j (s - t_j - offset_j) / T, the slope but for a constant of the row.
+  // Reverse: sum_j w_j (s - t_j - offset_j) / T, exactly 0 where all sources have their anchors.
   __device__ __forceinline__ void slopes(int r, int h, const float (&s)[W],
                                          float (&slope)[W]) const {
 #pragma unroll
@@ -372,21 +417,29 @@ class ClusterRows {
       sums[0] += e[v];
       sums[1] += x[v];
     }
-    if (reverse) {
-      slopes(r, h, s, x);
+    float slope[W];
 #pragma unroll
-      for (int v = 0; v < W; ++v) sums[2 + S] += e[v] * x[v];
-    }
+    for (int v = 0; v < W; ++v) slope[v] = constant_;
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       if (j >= count_) continue;
+      const float factor = shared_.factors[j];
+      float q[W];
       unpack<T>(place(1 + j, r), h, x);
-      exponentials<false>(x, maxima_[1 + j], e);
+      exponentials<false>(x, maxima_[1 + j], q);
 #pragma unroll
       for (int v = 0; v < W; ++v) {
-        sums[2 + j] += e[v];
-        if (!reverse) sums[2 + S + j] += e[v] * (s[v] - x[v] - offsets_[j]);
+        sums[2 + j] += q[v];
+        if (reverse) {
+          slope[v] += factor * (s[v] - x[v]);
+        } else {
+          sums[2 + S + j] += q[v] * (s[v] - x[v] - offsets_[j]);
+        }
       }
+    }
+    if (reverse) {
+#pragma unroll
+      for (int v = 0; v < W; ++v) sums[2 + S] += e[v] * slope[v];
     }
   }
 
@@ -566,7 +619,7 @@ class ClusterRows {
 
 // Of the smallest kernel three blocks of 256 threads fit a multiprocessor's registers.
 template <class T, int S, int R, bool reverse>
-__global__ void __launch_bounds__(S == 3 && sizeof(T) == 2 ? 768 : kWarps * 32, 1)
+__global__ void __launch_bounds__(S == 3 ? 768 : kWarps * 32, 1)
     cluster_rows_kernel(const __grid_constant__ DistillationArguments d) {
   auto& shared = *reinterpret_cast<Shared<S, reverse>*>(dynamic_shared());
   const double rows = rows_of_all(d);

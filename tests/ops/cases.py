@@ -65,9 +65,10 @@ def expanded_columns(x: Tensor) -> Tensor:
     return x[:, :1].expand(-1, x.shape[1])
 
 
-def _normal(*shape: int) -> Tensor:
+def _normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Drawn on the CPU whatever device is tested, so that every device gets the same numbers."""
-    return torch.randn(*shape, dtype=torch.float64, device="cpu").to(torch.get_default_device())
+    drawn = torch.randn(*shape, dtype=dtype, device="cpu")
+    return drawn.to(torch.get_default_device(), torch.float64)
 
 
 def make_labels(N: int, K: int, *, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -88,7 +89,9 @@ def make_features(prototypes: Tensor, labels: Tensor, *, noise: float = 1.0) -> 
     classes = torch.where((classes >= 0) & (classes < len(prototypes)), classes, 0)
     D = prototypes.shape[1]
     rows = prototypes.double()[classes]
-    return (rows + noise * _normal(len(labels), D) / D**0.5).to(prototypes.dtype)
+    return (rows + noise * _normal(len(labels), D, dtype=torch.float32) / D**0.5).to(
+        prototypes.dtype
+    )
 
 
 def make_logits(
