@@ -1,6 +1,6 @@
 """The losses on a GPU beside their peers: eager wall, CUDA-graph replay and kernel time apart.
 
-    python benchmarks/gpu.py [--seconds 2] [--out benchmarks/results]
+    python benchmarks/gpu.py [--seconds 1] [--out benchmarks/results]
 
 All contestants of a case take turns in random order; one sample is a step (forward and gradients)
 between two CUDA events. Cases bound by bandwidth find the L2 cache overwritten. The floor is the
@@ -286,7 +286,7 @@ def versions() -> dict[str, str]:
 def main() -> int:
     """Measure every case, print the goals, write the file; 1 if a case could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of a case's eager rounds")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a case's eager rounds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(256) scale_rows_kernel(const __grid_constant__
     load_vector(unit + at * V, x);
 #pragma unroll
     for (int v = 0; v < V; ++v) x[v] *= factor;
-    store_vector(static_cast<T*>(s.grad) + at * V, x);
+    store_packed<T, V>(static_cast<T*>(s.grad) + at * V, x);
   }
   for (int64_t at = whole * V + own; at < count; at += step) {
     const A by = by_row ? value_at<A>(s.factors, at / s.K) : factor;

@@ -2,7 +2,7 @@
 // part, and how the last block combines the sums of all.
 #pragma once
 
-#include "vectors.cuh"
+#include "conversions.cuh"
 
 namespace pycdgkd {
 namespace cuda {
@@ -189,7 +189,7 @@ __device__ __forceinline__ void store_gradient(const DistillationArguments& d, i
                                                const A (&values)[V]) {
   if constexpr (V == 8) {
     if (d.grad_dtype == Dtype::bfloat16) {
-      return store_vector(static_cast<bfloat16*>(d.grad) + at, values);
+      return store_packed<bfloat16, V>(static_cast<bfloat16*>(d.grad) + at, values);
     }
   }
   if constexpr (V == 1) {

@@ -73,22 +73,8 @@ constexpr int kPart = 4;
 
 // Elements kPart * part and on of a vector.
 template <class T>
-__device__ __forceinline__ void unpack(const uint4* raw, int part, float (&to)[kPart]) {
-  struct alignas(kPart * sizeof(T)) Part {
-    T elements[kPart];
-  };
-  const Part from = reinterpret_cast<const Part*>(raw)[part];
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    uint2 words;
-    memcpy(&words, &from, sizeof(words));
-    to[0] = bit_cast<float>(words.x << 16);
-    to[1] = bit_cast<float>(words.x & 0xffff0000u);
-    to[2] = bit_cast<float>(words.y << 16);
-    to[3] = bit_cast<float>(words.y & 0xffff0000u);
-  } else {
-#pragma unroll
-    for (int v = 0; v < kPart; ++v) to[v] = to_arithmetic(from.elements[v]);
-  }
+__device__ __forceinline__ void unpack_part(const uint4* raw, int part, float (&to)[kPart]) {
+  unpack<T, kPart>(reinterpret_cast<const Packed<T, kPart>*>(raw)[part], to);
 }
 
 // The larger of each of the two 16-bit elements that words hold; NaN counts for nothing.
@@ -173,9 +159,10 @@ class ClusterRows {
     y_ = y;
     const float true_logit = student_element<float>(d_, i, y);
     load();
-    if (next < d_.N) ask_for(next);
     find_maxima();
-    add_up();
+    count_ == S ? add_up<true>() : add_up<false>();
+    // Not sooner: the rows of all clusters, twice, are more than the cache keeps.
+    if (next < d_.N) ask_for(next);
     if (warp_id() == 0) settle();
     __syncthreads();
     const float true_exp =
@@ -185,7 +172,7 @@ class ClusterRows {
     if (shared_.careful) {
       divergence = once_more(factors, residual);
     } else if (d_.grad != nullptr) {
-      write(factors, residual);
+      count_ == S ? write<true>(factors, residual) : write<false>(factors, residual);
     }
     if (rank_ != 0 || threadIdx.x != 0) return;
     if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i] = divergence;
@@ -264,9 +251,11 @@ class ClusterRows {
     prefetch((j < 0 ? student(i) : source(j, i)) + begin_, bytes);
   }
 
-  __device__ __forceinline__ void meet() const {
+  // told: whether this warp has written to other blocks since they met. Only then must it wait
+  // until all that it wrote, gradients too, has arrived.
+  __device__ __forceinline__ void meet(bool told) const {
     if (size_ > 1) {
-      cluster_barrier();
+      cluster_barrier(told);
     } else {
       __syncthreads();
     }
@@ -291,6 +280,7 @@ class ClusterRows {
       if (lane_id() == 0) shared_.warp_maxima[j][warp_id()] = most;
     }
     __syncthreads();
+    bool told = warp_id() == 0;
     const int warps = static_cast<int>(blockDim.x) / 32;
 #pragma unroll
     for (int j = 0; j <= S; ++j) {
@@ -301,10 +291,11 @@ class ClusterRows {
       const float block = warp_max(most);
       if (anchors && first_lane(lane_id() < warps && most == block) == warp_id()) {
         tell_anchors(j, first_lane(mine[j] == block), block);
+        told = true;
       }
       if (threadIdx.x < size_) in_block(&shared_.first[rank_], threadIdx.x)->maximum[j] = block;
     }
-    meet();
+    meet(told);
     combine_maxima();
   }
 
@@ -367,27 +358,30 @@ class ClusterRows {
   }
 
   // Reverse: sum_j w_j (s - t_j - offset_j) / T, exactly 0 where all sources have their anchors.
+  template <bool all>
   __device__ __forceinline__ void slopes(int r, int h, const float (&s)[W],
                                          float (&slope)[W]) const {
 #pragma unroll
     for (int v = 0; v < W; ++v) slope[v] = constant_;
 #pragma unroll
     for (int j = 0; j < S; ++j) {
-      if (j >= count_) continue;
+      if (!all && j >= count_) continue;
       const float factor = shared_.factors[j];
       float t[W];
-      unpack<T>(place(1 + j, r), h, t);
+      unpack_part<T>(place(1 + j, r), h, t);
 #pragma unroll
       for (int v = 0; v < W; ++v) slope[v] += factor * (s[v] - t[v]);
     }
   }
 
+  // all: every slot has a source, as it mostly is; then nothing is asked class by class.
+  template <bool all>
   __device__ __forceinline__ void add_up() {
     float sums[Q] = {};
 #pragma unroll 1
     for (int r = 0; r < R && vector(r) < vectors_; ++r) {
 #pragma unroll
-      for (int h = 0; h < parts; ++h) add_part(r, h, sums);
+      for (int h = 0; h < parts; ++h) add_part<all>(r, h, sums);
     }
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
@@ -404,12 +398,13 @@ class ClusterRows {
         *in_block(&shared_.second[rank_][threadIdx.x], q) = total;
       }
     }
-    meet();
+    meet(warp_id() == 0);
   }
 
+  template <bool all>
   __device__ __forceinline__ void add_part(int r, int h, float (&sums)[Q]) const {
     float s[W], e[W], x[W];
-    unpack<T>(place(0, r), h, s);
+    unpack_part<T>(place(0, r), h, s);
     exponentials<exact>(s, maxima_[0], e);
     shares(r, h, s, e, 0.0f, x);
 #pragma unroll
@@ -422,10 +417,10 @@ class ClusterRows {
     for (int v = 0; v < W; ++v) slope[v] = constant_;
 #pragma unroll
     for (int j = 0; j < S; ++j) {
-      if (j >= count_) continue;
+      if (!all && j >= count_) continue;
       const float factor = shared_.factors[j];
       float q[W];
-      unpack<T>(place(1 + j, r), h, x);
+      unpack_part<T>(place(1 + j, r), h, x);
       exponentials<false>(x, maxima_[1 + j], q);
 #pragma unroll
       for (int v = 0; v < W; ++v) {
@@ -492,6 +487,7 @@ class ClusterRows {
     shared_.divergence = divergence;
   }
 
+  template <bool all>
   __device__ __forceinline__ void write(const Factors<float>& factors,
                                         const Residual& residual) const {
     const float kl_factor = count_ > 0 ? factors.kl / shared_.sums[0] : 0.0f;
@@ -507,14 +503,14 @@ class ClusterRows {
 #pragma unroll
       for (int h = 0; h < parts; ++h) {
         float s[W], e[W], part[W];
-        unpack<T>(place(0, r), h, s);
+        unpack_part<T>(place(0, r), h, s);
         exponentials<exact>(s, maxima_[0], e);
         if (reverse) {
-          slopes(r, h, s, part);
+          slopes<all>(r, h, s, part);
 #pragma unroll
           for (int v = 0; v < W; ++v) part[v] = kl_factor * e[v] * (part[v] - mean);
         } else {
-          differences(r, h, e, kl_factor * total_weight, factors.kl, part);
+          differences<all>(r, h, e, kl_factor * total_weight, factors.kl, part);
         }
         if (d_.labels.data != nullptr) {
           shares(r, h, s, e, -residual.others, s);
@@ -529,16 +525,17 @@ class ClusterRows {
   }
 
   // Forward: factor e less the sources' share, sum_j w_j q_j.
+  template <bool all>
   __device__ __forceinline__ void differences(int r, int h, const float (&e)[W], float factor,
                                               float kl_factor, float (&difference)[W]) const {
 #pragma unroll
     for (int v = 0; v < W; ++v) difference[v] = factor * e[v];
 #pragma unroll
     for (int j = 0; j < S; ++j) {
-      if (j >= count_) continue;
+      if (!all && j >= count_) continue;
       const float weight = kl_factor * shared_.ratios[j].weight * shared_.ratios[j].inverse;
       float t[W], q[W];
-      unpack<T>(place(1 + j, r), h, t);
+      unpack_part<T>(place(1 + j, r), h, t);
       exponentials<false>(t, maxima_[1 + j], q);
 #pragma unroll
       for (int v = 0; v < W; ++v) difference[v] -= weight * q[v];
@@ -557,7 +554,7 @@ class ClusterRows {
       for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += shared_.warp_extra[w];
       *in_block(&shared_.extra[turn][rank_], threadIdx.x) = total;
     }
-    meet();
+    meet(warp_id() == 0);
     double total = 0.0;
     for (unsigned q = 0; q < size_; ++q) total += shared_.extra[turn][q];
     return total;

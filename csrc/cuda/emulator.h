@@ -178,7 +178,7 @@ inline unsigned most_cluster_blocks() { return 4; }
 inline unsigned most_cluster_threads() { return 64; }
 inline unsigned cluster_rank() { return emulator::here.rank; }
 inline unsigned cluster_size() { return emulator::here.cluster; }
-inline void cluster_barrier() { emulator::cluster_barrier(); }
+inline void cluster_barrier(bool) { emulator::cluster_barrier(); }
 template <class T>
 T* in_block(T* shared, unsigned rank) {
   return reinterpret_cast<T*>(emulator::shared_memory(rank) +

@@ -138,12 +138,15 @@ __device__ __forceinline__ unsigned cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
-// Also a barrier of the block; what a thread wrote before it, in whichever block, all see after it.
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+// Also a barrier of the block; what a warp that releases wrote before it, in whichever block, all
+// see after it.
+__device__ __forceinline__ void cluster_barrier(bool releases) {
+  if (releases) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // The same place of shared memory in another block of the cluster.
 template <class T>
@@ -159,7 +162,7 @@ __device__ __forceinline__ void prefetch(const void* from, unsigned bytes) {
 #else
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ unsigned cluster_size() { return 1; }
-__device__ __forceinline__ void cluster_barrier() { __syncthreads(); }
+__device__ __forceinline__ void cluster_barrier(bool) { __syncthreads(); }
 template <class T>
 __device__ __forceinline__ T* in_block(T* shared, unsigned) {
   return shared;

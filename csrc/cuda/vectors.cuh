@@ -76,29 +76,6 @@ __device__ __forceinline__ void store_array(A* to, const A (&from)[V]) {
   }
 }
 
-// kVector<T> elements to an address of 16-byte alignment, not read soon.
-template <class T, class A>
-__device__ __forceinline__ void store_vector(T* to, const A (&from)[kVector<T>]) {
-  T elements[kVector<T>];
-#pragma unroll
-  for (int v = 0; v < kVector<T>; ++v) elements[v] = from_arithmetic<T>(from[v]);
-  uint4 raw;
-  memcpy(&raw, elements, sizeof(raw));
-  __stcs(reinterpret_cast<uint4*>(to), raw);
-}
-
-#if defined(__CUDA_ARCH__)
-template <>
-__device__ __forceinline__ void store_vector(bfloat16* to, const float (&from)[8]) {
-  unsigned words[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[w]) : "f"(from[2 * w + 1]), "f"(from[2 * w]));
-  }
-  __stcs(reinterpret_cast<uint4*>(to), uint4{words[0], words[1], words[2], words[3]});
-}
-#endif
-
 inline bool is_aligned(const void* address, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) == 0;
 }

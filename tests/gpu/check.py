@@ -109,7 +109,7 @@ def main() -> int:
         sanitizer,
         build=not options.no_build,
         arch="{}{}".format(*torch.cuda.get_device_capability()),
-        workers=min(8, os.cpu_count() or 1) if find_spec("xdist") else 1,
+        workers=min(12, os.cpu_count() or 1) if find_spec("xdist") else 1,
     )
     passed = [run(stage, log) for stage in stages]
     if sanitizer is None and not options.without_sanitizer:
