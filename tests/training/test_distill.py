@@ -95,9 +95,7 @@ def test_sources_stay_frozen_and_are_not_run_during_training(
     assert all(path.read_bytes() == content for path, content in written.items())
 
 
-@pytest.mark.parametrize(
-    "strategy", ["subset", "all", "drop_one", "drop_one_sum", "bernoulli_sum"]
-)
+@pytest.mark.parametrize("strategy", ["subset", "all", "drop_one", "drop_one_sum", "bernoulli_sum"])
 def test_weights_of_the_strategies(strategy: str) -> None:
     tables = [torch.zeros(4, 2) for _ in range(3)]
     objective = Distillation(DistillConfig(strategy=strategy), ["a", "b", "c"], tables, seed=1)
