@@ -149,7 +149,10 @@ class Command:
         """Exit status and standard error; all that it started must end with it."""
         started = children(self.process.pid)
         assert len(started) >= 2
-        self.process.send_signal(how)
+        if how == signal.SIGINT:  # as a terminal does: to the workers as well
+            os.killpg(self.process.pid, how)
+        else:
+            self.process.send_signal(how)
         _, said = self.process.communicate(timeout=SECONDS)
         wait_for("workers gone", lambda: not any(runs(pid) for pid in started))
         return self.process.returncode, said
