@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .checks import check, check_choice
 
-_STRATEGIES = ("all", "subset", "bernoulli_sum", "drop_one")
+_STRATEGIES = ("all", "subset", "bernoulli_sum", "drop_one", "drop_one_sum")
 
 
 def sample_sources(
@@ -24,7 +24,8 @@ def sample_sources(
         strategy: "subset": each source is kept with probability 1 - drop_prob, redrawn until one
             is kept, weights sum to 1 (the paper). "all": 1/S each. "bernoulli_sum": kept sources
             weigh 1, possibly none is kept (the authors' code). "drop_one": all but one, weights
-            sum to 1; a single source is never dropped.
+            sum to 1; a single source is never dropped. "drop_one_sum": the same, and each kept
+            source weighs 1 (DGKD).
         drop_prob: in [0, 1), or [0, 1] for "bernoulli_sum".
         generator: of the CPU; None: torch's global one.
 
@@ -38,12 +39,12 @@ def sample_sources(
         check(name, "drop_prob", drop_prob, 0.0 <= drop_prob <= 1.0, "a probability")
     else:  # a subset is redrawn until it holds a source, which must not take for ever
         check(name, "drop_prob", drop_prob, 0.0 <= drop_prob <= 1.0 - 1e-6, "a probability below 1")
-    if strategy == "all" or (strategy == "drop_one" and num_sources == 1):
+    if strategy == "all" or (strategy.startswith("drop_one") and num_sources == 1):
         return torch.full((num_sources,), 1.0 / num_sources, device="cpu")
-    if strategy == "drop_one":
+    if strategy.startswith("drop_one"):
         kept = torch.ones(num_sources, device="cpu")
         kept[int(torch.randint(num_sources, (), generator=generator, device="cpu"))] = 0.0
-        return kept / (num_sources - 1)
+        return kept if strategy == "drop_one_sum" else kept / (num_sources - 1)
     kept = torch.rand(num_sources, generator=generator, device="cpu") >= drop_prob
     while strategy == "subset" and not bool(kept.any()):
         kept = torch.rand(num_sources, generator=generator, device="cpu") >= drop_prob

@@ -1,16 +1,20 @@
 """The command ``pycdgkd``: one line per error, never a traceback for what a user can mend.
 
 Exit status: 0 done, 2 bad input (files, options, configuration, missing extras), 130 interrupted by
-Ctrl-C; ``doctor`` exits with 1 if the core does not work. A defect of the program itself keeps its
-traceback. This package imports neither torch nor numpy; each command imports what it needs.
+Ctrl-C, 143 by SIGTERM; ``doctor`` exits with 1 if the core does not work. A defect of the program
+itself keeps its traceback. This package imports neither torch nor numpy; each command imports what
+it needs.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pycdgkd.errors import InputError
 
@@ -20,6 +24,7 @@ __all__ = ["main"]
 
 _INPUT_STATUS = 2
 _INTERRUPT_STATUS = 130
+_TERMINATED_STATUS = 143
 
 # What the operating system says about files that the user named, and what the user can do.
 _FILE_REMEDIES = {
@@ -37,20 +42,43 @@ def _fail(message: str) -> int:
     return _INPUT_STATUS
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in the same order as Ctrl-C does."""
+
+
+@contextmanager
+def _orderly_termination() -> Iterator[None]:
+    """Let SIGTERM raise; only a main thread can, and a signal that is ignored stays so."""
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(_signal: int, _frame: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (``argv`` defaults to the process's arguments) and return its exit status."""
     hint = "run the same command again"
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         hint = arguments.after_interrupt
-        status: int = arguments.command(arguments)
+        with _orderly_termination():
+            status: int = arguments.command(arguments)
         sys.stdout.flush()
         return status
     except InputError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"\npycdgkd: interrupted; {hint}", file=sys.stderr)
-        return _INTERRUPT_STATUS
+        return _TERMINATED_STATUS if isinstance(interrupt, _Terminated) else _INTERRUPT_STATUS
     except BrokenPipeError:
         # The reader (head, less) has gone; without this the interpreter complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, replace
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from pycdgkd.errors import InputError
+from pycdgkd.processes import worker_pool
 
 from .cache import MANIFEST
 from .cache_plan import Plan, check_same, fingerprint, read_plan
@@ -232,23 +233,14 @@ class _Run:
 
 def _in_processes(work: list[SubjectJob], jobs: int, tell: Tell) -> Iterator[dict[str, float]]:
     """``prepare_subject`` in processes of their own; the first error ends them all."""
-    context = get_context("spawn")
-    queue = context.Queue()
-    with ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_use_queue, initargs=(queue,)
-    ) as pool:
+    queue = get_context("spawn").Queue()
+    with worker_pool(jobs, _use_queue, queue) as pool:
         waiting = {pool.submit(_work, job) for job in work}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not queue.empty():
-                    tell(*queue.get())
-                yield from (future.result() for future in done)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in active_children():
-                process.terminate()
-            raise
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not queue.empty():
+                tell(*queue.get())
+            yield from (future.result() for future in done)
         while not queue.empty():
             tell(*queue.get())
 

@@ -19,14 +19,14 @@ import csv
 import json
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from pycdgkd.errors import InputError, require
+from pycdgkd.processes import worker_pool
 
 from .config import StudyConfig, config_to_dict
 from .synthetic_eeg import RATE, plan_timeline, write_recording
@@ -155,7 +155,7 @@ def _run(root: Path, config: StudyConfig, study: list[list[Trial]], workers: int
         for trials in study:
             yield write_subject(root, config, trials)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         jobs = [pool.submit(write_subject, root, config, trials) for trials in study]
         for job in as_completed(jobs):
             yield job.result()

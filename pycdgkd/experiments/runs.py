@@ -13,9 +13,8 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from pycdgkd.data.cache import Cache
 from pycdgkd.data.splits import Split, trial_keys
 from pycdgkd.errors import InputError
 from pycdgkd.files import write_atomically, write_text
+from pycdgkd.processes import worker_pool
 from pycdgkd.training import metrics
 from pycdgkd.training.chain import NO_PART_OF_IDENTITY
 from pycdgkd.training.config import TrainConfig, config_values
@@ -97,7 +97,7 @@ def run_all(
         return
     threads = plan.config.threads or max(1, (os.cpu_count() or 1) // jobs)
     shared = replace(plan, config=replace(plan.config, threads=threads))
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with worker_pool(jobs) as pool:
         waiting = {pool.submit(run_group, shared, group): group for group in mine}
         for done, future in enumerate(as_completed(waiting), start=1):
             future.result()

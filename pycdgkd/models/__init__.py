@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from pycdgkd.lazy import attach
 
 if TYPE_CHECKING:
-    from . import backbones, networks, presets, pvt, tsception
+    from . import backbones, branches, networks, presets, pvt, tsception
+    from .branches import EEGBranch, VisualBranch
     from .networks import (
-        EEGBranch,
         MultimodalNet,
         MultimodalOutput,
-        VisualBranch,
         VisualNet,
         VisualOutput,
         build_multimodal,
@@ -39,6 +38,7 @@ __all__ = [
     "VisualNet",
     "VisualOutput",
     "backbones",
+    "branches",
     "build_multimodal",
     "build_visual",
     "load_frame_encoder_weights",
@@ -53,13 +53,13 @@ __all__ = [
 _HOME = {
     "EEG_LEVELS": "presets",
     "PRESETS": "presets",
-    "EEGBranch": "networks",
+    "EEGBranch": "branches",
     "MultimodalNet": "networks",
     "MultimodalOutput": "networks",
     "NetworkPreset": "presets",
     "PyramidVisionTransformer": "pvt",
     "TSceptionEncoder": "tsception",
-    "VisualBranch": "networks",
+    "VisualBranch": "branches",
     "VisualNet": "networks",
     "VisualOutput": "networks",
     "build_multimodal": "networks",
@@ -70,5 +70,5 @@ _HOME = {
 }
 
 __getattr__, __dir__ = attach(
-    __name__, _HOME, ("backbones", "networks", "presets", "pvt", "tsception")
+    __name__, _HOME, ("backbones", "branches", "networks", "presets", "pvt", "tsception")
 )

@@ -22,7 +22,7 @@ PRESETS = ("paper", "nano")
 TIES = ("low", "high", "drop")
 GUIDANCES = ("in-sample", "out-of-fold")
 DIRECTIONS = ("reverse", "forward")
-STRATEGIES = ("subset", "all", "bernoulli_sum", "drop_one", "previous", "none")
+STRATEGIES = ("subset", "all", "bernoulli_sum", "drop_one", "drop_one_sum", "previous", "none")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

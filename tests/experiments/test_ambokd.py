@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from .breaking import check_resumes
 from .conftest import QUICK
 
 SETTINGS = AMBOKDSettings()
+LR = 1e-4  # the authors', at which the rule is as they have it
 CPU = torch.device("cpu")
 
 
@@ -81,16 +83,32 @@ def test_rate_factors_are_the_equation() -> None:
         ((slow + middle) / 2 / fast) ** 3,
     ]
     assert expected[0] > 1 > expected[2] > 0.0
-    factors = rate_factors(first, present, SETTINGS)
+    factors = rate_factors(first, present, SETTINGS, LR)
     torch.testing.assert_close(factors, torch.tensor(expected).clamp(0.1, 10))
-    worse = rate_factors(first, torch.tensor([3.0, 3.0, 3.0]), SETTINGS)  # all at the limit of R
+    # All at the limit of R.
+    worse = rate_factors(first, torch.tensor([3.0, 3.0, 3.0]), SETTINGS, LR)
     torch.testing.assert_close(worse, torch.ones(3))
-    apart = rate_factors(torch.ones(3), torch.tensor([0.0, 0.0, 2.0]), SETTINGS)
+    apart = rate_factors(torch.ones(3), torch.tensor([0.0, 0.0, 2.0]), SETTINGS, LR)
     torch.testing.assert_close(apart, torch.tensor([0.55**3, 0.55**3, 10.0]))
 
 
+@pytest.mark.parametrize(
+    ("lr", "highest", "most"),
+    [
+        (1e-4, 1e-3, 10.0),  # the authors': the bound is their own limit
+        (5e-4, 1e-3, 2.0),
+        (2e-3, 1e-3, 1.0),  # above the bound itself nobody is slowed for it
+        (5e-4, math.inf, 10.0),
+    ],
+)
+def test_no_factor_raises_a_rate_above_the_highest(lr: float, highest: float, most: float) -> None:
+    settings = replace(SETTINGS, highest=highest)
+    factors = rate_factors(torch.ones(3), torch.tensor([0.0, 0.0, 2.0]), settings, lr)
+    torch.testing.assert_close(factors, torch.tensor([0.55**3, 0.55**3, most]))
+
+
 def test_scales_follow_the_losses_of_the_step(bench: Bench) -> None:
-    net, objective = peer_net(bench), MutualLearning(SETTINGS, CPU)
+    net, objective = peer_net(bench), MutualLearning(SETTINGS, CPU, LR)
     order = itertools.cycle([slice(0, 16), slice(16, 40), slice(40, 50)])
 
     def one_step(parts: int) -> np.ndarray:
@@ -111,7 +129,7 @@ def test_scales_follow_the_losses_of_the_step(bench: Bench) -> None:
         sums += one_step(parts)
         assert objective.scales() == (1.0, 1.0, 1.0)
     first = sums[:3] / sums[3]
-    state, objective = objective.state_dict(), MutualLearning(SETTINGS, CPU)
+    state, objective = objective.state_dict(), MutualLearning(SETTINGS, CPU, LR)
     objective.load_state_dict(state)  # resumed
     objective.begin_epoch(net)
     with torch.no_grad():  # the EEG peer fares better, so that the factors differ
@@ -160,7 +178,7 @@ def test_one_optimiser_takes_the_steps_of_three(bench: Bench) -> None:
     net = peer_net(bench).double().eval()
     batch = batch._replace(eeg=batch.eeg.double())
     twin = copy.deepcopy(net)
-    objective, rates = MutualLearning(SETTINGS, CPU), (1e-3, 5e-3, 2e-3)
+    objective, rates = MutualLearning(SETTINGS, CPU, LR), (1e-3, 5e-3, 2e-3)
     groups = objective.parameter_groups(net)
     assert len({p for group in groups for p in group}) == len(list(net.parameters()))
     one = torch.optim.Adam([{"params": g, "lr": lr} for g, lr in zip(groups, rates, strict=True)])
@@ -183,7 +201,7 @@ def test_one_optimiser_takes_the_steps_of_three(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0.0), ("limit", 0.5), ("slowest", 0.0), ("power", -1.0)],
+    [("temperature", 0.0), ("limit", 0.5), ("slowest", 0.0), ("power", -1.0), ("highest", 0.0)],
 )
 def test_settings_that_cannot_be_meant(name: str, value: object) -> None:
     with pytest.raises(InputError, match=f"ambokd.{name}"):

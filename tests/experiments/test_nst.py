@@ -27,7 +27,8 @@ from pycdgkd.experiments.methods.nst import (
     squared_mmd,
     train_nst,
 )
-from pycdgkd.models.networks import MultimodalNet, VisualBranch
+from pycdgkd.models.branches import VisualBranch
+from pycdgkd.models.networks import MultimodalNet
 from pycdgkd.models.pvt import PyramidVisionTransformer
 
 OpenBench = Callable[..., Bench]

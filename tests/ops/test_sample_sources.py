@@ -30,13 +30,13 @@ def assert_share(indicator: torch.Tensor, probability: float) -> None:
 
 
 @pytest.mark.parametrize("num_sources", [1, 2, 3, 7])
-@pytest.mark.parametrize("strategy", ["all", "subset", "bernoulli_sum", "drop_one"])
+@pytest.mark.parametrize("strategy", ["all", "subset", "bernoulli_sum", "drop_one", "drop_one_sum"])
 def test_form(num_sources: int, strategy: str) -> None:
     weights = draws(50, num_sources, strategy=strategy)
     assert weights.shape == (50, num_sources)
     assert weights.dtype == torch.float32
     assert (weights >= 0).all()
-    if strategy != "bernoulli_sum":
+    if not strategy.endswith("_sum"):
         torch.testing.assert_close(weights.sum(1), torch.ones(50), rtol=1e-6, atol=0)
     kept = weights > 0
     for row, mask in zip(weights, kept, strict=True):
@@ -45,7 +45,8 @@ def test_form(num_sources: int, strategy: str) -> None:
 
 def test_all() -> None:
     assert torch.equal(pycdgkd.sample_sources(3, strategy="all"), torch.full((3,), 1 / 3))
-    assert draws(5, 1, strategy="drop_one").tolist() == [[1.0]] * 5
+    for strategy in ("drop_one", "drop_one_sum"):
+        assert draws(5, 1, strategy=strategy).tolist() == [[1.0]] * 5
 
 
 @pytest.mark.parametrize(("num_sources", "drop_prob"), [(1, 0.5), (2, 0.5), (3, 0.2), (4, 0.8)])
@@ -68,9 +69,11 @@ def test_bernoulli_sum_may_keep_none(drop_prob: float) -> None:
     assert_share(weights.sum(1) == 0, drop_prob**3)
 
 
-def test_drop_one_drops_each_equally_often() -> None:
-    weights = draws(4000, 4, strategy="drop_one")
+@pytest.mark.parametrize(("strategy", "weight"), [("drop_one", 1 / 3), ("drop_one_sum", 1.0)])
+def test_drop_one_drops_each_equally_often(strategy: str, weight: float) -> None:
+    weights = draws(4000, 4, strategy=strategy)
     assert ((weights == 0).sum(1) == 1).all()
+    assert torch.equal(weights.amax(1), torch.full((4000,), weight))
     for j in range(4):
         assert_share(weights[:, j] == 0, 0.25)
 

@@ -95,7 +95,7 @@ def test_sources_stay_frozen_and_are_not_run_during_training(
     assert all(path.read_bytes() == content for path, content in written.items())
 
 
-@pytest.mark.parametrize("strategy", ["subset", "all", "drop_one", "bernoulli_sum"])
+@pytest.mark.parametrize("strategy", ["subset", "all", "drop_one", "drop_one_sum", "bernoulli_sum"])
 def test_weights_of_the_strategies(strategy: str) -> None:
     tables = [torch.zeros(4, 2) for _ in range(3)]
     objective = Distillation(DistillConfig(strategy=strategy), ["a", "b", "c"], tables, seed=1)
@@ -107,8 +107,9 @@ def test_weights_of_the_strategies(strategy: str) -> None:
     if strategy == "all":
         assert next(iter(seen)) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
         assert len(seen) == 1
-    elif strategy == "drop_one":
-        assert seen == {(0.0, 0.5, 0.5), (0.5, 0.0, 0.5), (0.5, 0.5, 0.0)}
+    elif strategy.startswith("drop_one"):
+        weight = 1.0 if strategy == "drop_one_sum" else 0.5
+        assert seen == {(0.0, weight, weight), (weight, 0.0, weight), (weight, weight, 0.0)}
     elif strategy == "subset":
         assert len(seen) == 7
         assert all(sum(weights) == pytest.approx(1) for weights in seen)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import pycdgkd
 from pycdgkd.errors import InputError
 from pycdgkd.files import write_text
+from pycdgkd.processes import worker_pool
 from pycdgkd.training.environment import Progress
 
 from .claim import Claim
@@ -120,13 +120,6 @@ def _run(work: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
     if processes == 1 or len(work) <= 1:
         yield from map(run_job, work)
         return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(work)), mp_context=context) as pool:
-        waiting = {pool.submit(run_job, job) for job in work}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with worker_pool(min(processes, len(work))) as pool:
+        for future in as_completed([pool.submit(run_job, job) for job in work]):
+            yield future.result()

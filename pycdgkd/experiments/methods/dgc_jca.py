@@ -25,7 +25,8 @@ from pycdgkd.errors import InputError
 from pycdgkd.experiments.bands import BandPowers
 from pycdgkd.experiments.bench import Bench
 from pycdgkd.experiments.method import Classifier, Method
-from pycdgkd.models.networks import Network, VisualBranch
+from pycdgkd.models.branches import VisualBranch
+from pycdgkd.models.networks import Network
 from pycdgkd.training.objective import CrossEntropy
 
 BANDS = ((4.0, 8.0), (8.0, 13.0), (13.0, 30.0), (30.0, 45.0))  # theta, alpha, beta, gamma

@@ -57,8 +57,11 @@ TAKD = Method(
     train_distilled,
     "two assistants",
 )
-# As published: forward KL at T = 5 with T^2, one source dropped a step. The mean over the others
-# instead of their sum; the weight, which the paper leaves open, as everywhere else.
+# As in the released code (github.com/wonchulSon/DGKD, train.py): (1 - w) CE + w T^2 sum_j KL of the
+# sources to the learner at T = 5, where one source, drawn for each step, takes no part. Its KL is
+# also divided by the number of classes; here it is a mean over samples, as the divergence is
+# defined. Its w is 1, which leaves the labels out; here it is that of all methods. The paper's
+# Eq. 7 counts CE once for every source; "drop_one" is the mean over the kept ones.
 DGKD = Method(
     "dgkd",
     "DGKD",
@@ -66,7 +69,7 @@ DGKD = Method(
     DistilledSettings(
         2,
         DistillConfig(
-            direction="forward", temperature=5.0, temperature_power=2.0, strategy="drop_one"
+            direction="forward", temperature=5.0, temperature_power=2.0, strategy="drop_one_sum"
         ),
     ),
     train_distilled,

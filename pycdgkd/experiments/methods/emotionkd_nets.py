@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pycdgkd.models.networks import EEGBranch, Network, VisualBranch, VisualNet, VisualOutput
+from pycdgkd.models.branches import EEGBranch, VisualBranch
+from pycdgkd.models.networks import Network, VisualNet, VisualOutput
 from pycdgkd.models.tsception import TSceptionEncoder
 
 TOKEN = 64  # width of a token, as published; so are the numbers of blocks and heads

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from pycdgkd.errors import InputError
 from pycdgkd.experiments.bench import Bench
 from pycdgkd.experiments.method import Classifier, Method
-from pycdgkd.models.networks import MultimodalNet, Network, VisualBranch, VisualNet
+from pycdgkd.models.branches import VisualBranch
+from pycdgkd.models.networks import MultimodalNet, Network, VisualNet
 from pycdgkd.models.pvt import PyramidVisionTransformer
 from pycdgkd.training.inference import forward
 from pycdgkd.training.objective import Objective
