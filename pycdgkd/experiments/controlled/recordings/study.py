@@ -1,0 +1,154 @@
+"""Recorded studies whose truth is known: written as files, prepared, and read back as a cache."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pycdgkd.data.boxes import NAME as BOXES
+from pycdgkd.data.cache import Cache
+from pycdgkd.data.config import PrepareConfig, StudyConfig
+from pycdgkd.data.pipeline import prepare
+from pycdgkd.data.splits import Indices, trial_keys
+from pycdgkd.data.synthetic import (
+    EEG_NOISE,
+    VIDEO_NOISE,
+    plan_study,
+    resting,
+    usual_box,
+    write_study,
+)
+from pycdgkd.experiments.controlled.study import MODALITIES
+from pycdgkd.training.environment import derive_seed
+
+NOISE = dict(zip(MODALITIES, (VIDEO_NOISE, EEG_NOISE), strict=True))
+LABEL = "arousal"
+FRAMES = 4  # of a trial, each a scene of its own
+IMG_SIZE = 48  # pixels: the crops that the nano networks are made for
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RecordedCondition:
+    """One kind of recorded study, named in words.
+
+    study: strengths, label noise, subject effect and size; its seed is replaced by that of a job.
+    fractions: shares of train, validation and test among all trials.
+    """
+
+    name: str
+    study: StudyConfig
+    fractions: tuple[float, float, float]
+
+    @property
+    def weaker(self) -> tuple[str, ...]:
+        """The modality whose evidence has less strength for its noise."""
+        return (min(MODALITIES, key=self._clarity),)
+
+    @property
+    def stronger(self) -> tuple[str, ...]:
+        """The other one."""
+        return (max(MODALITIES, key=self._clarity),)
+
+    def _clarity(self, name: str) -> float:
+        return float(getattr(self.study, f"{name}_strength")) / NOISE[name]
+
+    @property
+    def preparation(self) -> PrepareConfig:
+        """One sample a trial. No detector runs: boxes.csv says where faces stand on average."""
+        study = self.study
+        return PrepareConfig(
+            window=study.trial_seconds,
+            stride=study.trial_seconds,
+            trial_seconds=study.trial_seconds,
+            fps=float(study.fps),
+            frame_stride=round(study.trial_seconds * study.fps) // FRAMES,
+            img_size=IMG_SIZE,
+            faces="boxes",
+            labels=LABEL,
+        )
+
+
+@dataclass(frozen=True)
+class RecordedStudy:
+    """A prepared study and what lies behind it.
+
+    truth: (n,) int64 class of each sample's latent value, whatever its rating says. oracle: for
+    each modality the log-odds (n,) of class 1 but for a common positive factor a sample.
+    """
+
+    condition: RecordedCondition
+    cache: Cache
+    truth: Indices
+    oracle: Mapping[str, Floats]
+
+    def oracle_accuracy(self, samples: Indices, modalities: Sequence[str] = MODALITIES) -> float:
+        """Share of these samples that their evidence tells right, rests of subjects known.
+
+        No network can do better on average: evidence is all that face and EEG show of a trial.
+        """
+        odds = sum((self.oracle[name][samples] for name in modalities), np.zeros(len(samples)))
+        return float(((odds > 0) == self.truth[samples].astype(bool)).mean())
+
+
+def record_study(condition: RecordedCondition, seed: int, folder: Path) -> RecordedStudy:
+    """Write the study of a condition and a seed, prepare it in ``folder``, delete the recordings.
+
+    Conditions of a seed that differ in label noise alone share all recordings and the truth.
+    """
+    config = replace(condition.study, seed=derive_seed(seed, "recordings") % 2**31)
+    root = folder / "study"
+    write_study(root, config)
+    _write_boxes(root, usual_box(config))
+    prepare(root, folder / "cache", condition.preparation, strict=True)
+    truth = read_truth(root / "truth.csv")
+    shutil.rmtree(root)
+    cache = Cache.open(folder / "cache")
+    keys = trial_keys(cache.samples, np.arange(len(cache)))
+    odds = _log_odds(config)
+    return RecordedStudy(
+        condition,
+        cache,
+        np.array([truth[key] for key in keys], dtype=np.int64),
+        {name: np.array([odds[key][name] for key in keys]) for name in MODALITIES},
+    )
+
+
+def _write_boxes(root: Path, box: tuple[float, float, float, float]) -> None:
+    """The same box for every video."""
+    videos = sorted(path.relative_to(root).as_posix() for path in root.glob("face_video/*/*.avi"))
+    with (root / BOXES).open("w", newline="", encoding="utf-8") as file:
+        rows = [("video", "x1", "y1", "x2", "y2"), *((video, *box) for video in videos)]
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def read_truth(path: Path) -> dict[tuple[int, int], int]:
+    """Class of each (subject, trial) by its latent valence: 1 above 0."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            (int(row["subject"]), int(row["trial"])): int(float(row[f"latent_{LABEL}"]) > 0)
+            for row in csv.DictReader(file)
+        }
+
+
+def _log_odds(config: StudyConfig) -> dict[tuple[int, int], dict[str, Any]]:
+    """By (subject, trial) and modality: strength (evidence before tanh - rest) / noise^2."""
+    odds = {}
+    for trials in plan_study(config):
+        rest = dict(zip(MODALITIES, resting(config, trials[0].subject)[:, 1], strict=True))
+        for trial in trials:
+            odds[trial.subject, trial.trial] = {
+                name: getattr(config, f"{name}_strength")
+                * (np.arctanh(getattr(trial, f"{name}_{LABEL}")) - rest[name])
+                / NOISE[name] ** 2
+                for name in MODALITIES
+            }
+    return odds
