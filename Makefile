@@ -43,7 +43,7 @@ fuzz: install
 
 # The controlled study of the paper's claims; `evidence` is what benchmarks/evidence holds.
 evidence: install
-	rm -f benchmarks/evidence/jobs.jsonl
+	rm -f benchmarks/evidence/*.jsonl
 	$(BIN)/pycdgkd experiment controlled --out benchmarks/evidence --jobs 2
 
 evidence-quick: install

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import edfio
@@ -12,7 +13,7 @@ import pytest
 from pycdgkd.data import Cache, StudyConfig, sample_frames, video_fps, write_study
 from pycdgkd.data.eeg import open_bdf
 from pycdgkd.data.faces import FaceDetector, track_crops
-from pycdgkd.data.synthetic import plan_study
+from pycdgkd.data.synthetic import EEG_NOISE, VIDEO_NOISE, plan_study, resting, usual_box
 from pycdgkd.data.synthetic_eeg import EEG_NAMES, PERIPHERALS
 from pycdgkd.data.synthetic_faces import Scene, draw_face, draw_identity
 from pycdgkd.errors import InputError
@@ -132,6 +133,27 @@ def test_strength_moves_the_evidence() -> None:
     assert share["video_valence", 1.0] < share["eeg_valence", 1.0]
 
 
+def test_a_subject_shows_its_rest_in_every_trial() -> None:
+    plain = StudyConfig(subjects=3, trials=10, seed=4)
+    shifted = replace(plain, subject_effect=0.8)
+    for before, after in zip(plan_study(plain), plan_study(shifted), strict=True):
+        rest = resting(shifted, before[0].subject)
+        for old, new in zip(before, after, strict=True):
+            assert (old.valence, old.arousal, old.ratings) == (
+                new.valence,
+                new.arousal,
+                new.ratings,
+            )
+            for row, name in enumerate(("video", "eeg")):
+                for column, what in enumerate(("valence", "arousal")):
+                    values = [np.arctanh(getattr(t, f"{name}_{what}")) for t in (old, new)]
+                    assert values[1] - values[0] == pytest.approx(rest[row, column], abs=1e-6)
+    rests = np.stack([resting(replace(shifted, subjects=99), s) for s in range(1, 100)])
+    assert rests.std(0)[0] == pytest.approx(0.8 * VIDEO_NOISE, rel=0.2)
+    assert rests.std(0)[1] == pytest.approx(0.8 * EEG_NOISE, rel=0.2)
+    assert not resting(plain, 1).any()
+
+
 def test_the_two_modalities_err_independently() -> None:
     got = evidence(StudyConfig(30, 40))
     wrong = [(got[name] > 0) != (got["valence"] > 0) for name in ("video_valence", "eeg_valence")]
@@ -198,3 +220,12 @@ def test_the_expression_can_be_read_from_detected_crops() -> None:
     guess = grey[220:] @ grey[:220].T @ np.linalg.solve(kernel, drawn[:220])
     for column in range(2):
         assert np.corrcoef(guess[:, column], drawn[220:, column])[0, 1] > 0.75
+
+
+def test_the_usual_box_is_where_the_detector_finds_the_face(study: Path) -> None:
+    video = next((study / "face_video").glob("*/*.avi"))
+    found = FaceDetector(60).detect(next(sample_frames(video, stride=1)))[0][0]
+    usual = np.array(usual_box(STUDY))
+    common = np.clip(np.minimum(found, usual)[2:] - np.maximum(found, usual)[:2], 0, None).prod()
+    areas = [(box[2:] - box[:2]).prod() for box in (found, usual)]
+    assert common / (sum(areas) - common) > 0.5

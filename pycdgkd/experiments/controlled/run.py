@@ -153,14 +153,9 @@ def _settings(size: Size) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "schedule": asdict(size.schedule),
         "folds": FOLDS,
-        "conditions": [_plain(condition) for condition in size.conditions],
+        "conditions": [asdict(condition) for condition in size.conditions],
         "tested": {claim.key: [arm.name for arm in claim.arms] for claim in size.claims},
     }
-
-
-def _plain(condition: Any) -> dict[str, Any]:
-    """Every value of a condition by its name."""
-    return asdict(condition)
 
 
 def _run(work: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:

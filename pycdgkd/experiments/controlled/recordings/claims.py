@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pycdgkd.data.config import StudyConfig
+from pycdgkd.data.config import PrepareConfig, StudyConfig
 from pycdgkd.experiments.controlled import claims as drawn
 from pycdgkd.experiments.controlled.claim import Arm, Claim, Comparison, accuracy
 from pycdgkd.experiments.controlled.claims import CONTROL, DENSE, VIDEO, loss_arm, student
@@ -12,7 +12,7 @@ from pycdgkd.experiments.controlled.lab import FOLDS
 from pycdgkd.experiments.controlled.training import Eq9
 from pycdgkd.training.config import OptimConfig, preset_config
 
-from .study import RecordedCondition
+from .study import LABEL, RecordedCondition
 
 USUAL = RecordedCondition(
     "usual study",
@@ -30,6 +30,16 @@ USUAL = RecordedCondition(
         hold=2,
         fixation=0.2,
     ),
+    PrepareConfig(
+        window=2.0,
+        stride=2.0,
+        trial_seconds=2.0,
+        fps=4.0,
+        frame_stride=2,
+        img_size=48,
+        faces="boxes",
+        labels=LABEL,
+    ),
     (0.4, 0.1, 0.5),
 )
 NOISY = replace(USUAL, name="many wrong labels", study=replace(USUAL.study, label_noise=0.3))
@@ -37,6 +47,7 @@ CONDITIONS = (USUAL, NOISY)
 # The preset's networks and learning rate; its schedule is made for longer epochs.
 TRAINING = replace(
     preset_config("nano"),
+    label=LABEL,
     threads=1,
     device="cpu",
     optim=OptimConfig(epochs=16, batch_size=16, lr=5e-4, warmup=30, patience=6),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycdgkd.data.splits import Indices, cross_fit
+from pycdgkd.data.splits import Indices, cross_fit, trial_keys
 from pycdgkd.errors import InputError
 from pycdgkd.experiments.bench import Bench
 from pycdgkd.experiments.controlled.lab import Recipe, linear_probe, nearest_prototype
@@ -29,7 +29,7 @@ from pycdgkd.training.recordings import Recordings
 from pycdgkd.training.run import split_of
 from pycdgkd.training.teacher import Rebalancing
 
-from .study import LABEL, RecordedCondition, RecordedStudy, record_study
+from .study import RecordedCondition, RecordedStudy, record_study
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ class RecordedLab:
     def open(cls, study: RecordedStudy, config: TrainConfig, seed: int, out: Path) -> RecordedLab:
         """A lab whose split, weights, batch orders and drawn sources are of this seed.
 
+        config: how its networks are trained; its own seed and split are replaced.
+
         out: folder of checkpoints and logs.
         """
         split = SplitConfig(fractions=study.condition.fractions, seed=seed)
-        config = replace(config, label=LABEL, seed=seed, split=split)
+        config = replace(config, seed=seed, split=split)
         data = Recordings.open(study.cache, config, torch.device("cpu"))
         drawn = split_of(data, config)
         drawn.check(study.cache.samples)
@@ -117,12 +119,16 @@ class RecordedLab:
         return {**values, **_lambdas(trained.folder)}
 
     def ground(self) -> dict[str, float]:
-        """What the law that drew the study allows on its test samples, and how wrong labels are."""
-        train = self.bench.split.train
+        """What the law that drew the study allows on its test, sizes, share of wrong labels."""
+        train, val = self.bench.split.train, self.bench.split.val
         return {
             "oracle video": self.study.oracle_accuracy(self.test, ("video",)),
             "oracle EEG": self.study.oracle_accuracy(self.test, ("eeg",)),
             "oracle both": self.study.oracle_accuracy(self.test),
+            **{
+                f"{name} trials": float(len(set(trial_keys(self.study.cache.samples, part))))
+                for name, part in (("train", train), ("val", val), ("test", self.test))
+            },
             "wrong labels": float((self.data.labels[train] != self.study.truth[train]).mean()),
         }
 

@@ -30,8 +30,6 @@ from pycdgkd.training.environment import derive_seed
 
 NOISE = dict(zip(MODALITIES, (VIDEO_NOISE, EEG_NOISE), strict=True))
 LABEL = "arousal"
-FRAMES = 4  # of a trial, each a scene of its own
-IMG_SIZE = 48  # pixels: the crops that the nano networks are made for
 
 Floats = npt.NDArray[np.float64]
 
@@ -41,11 +39,13 @@ class RecordedCondition:
     """One kind of recorded study, named in words.
 
     study: strengths, label noise, subject effect and size; its seed is replaced by that of a job.
+    preparation: of the recordings; boxes.csv, if it asks for that, says where faces are on average.
     fractions: shares of train, validation and test among all trials.
     """
 
     name: str
     study: StudyConfig
+    preparation: PrepareConfig
     fractions: tuple[float, float, float]
 
     @property
@@ -58,23 +58,12 @@ class RecordedCondition:
         """The other one."""
         return (max(MODALITIES, key=self._clarity),)
 
+    def seeded(self, seed: int) -> StudyConfig:
+        """What is recorded for a seed of the controlled study."""
+        return replace(self.study, seed=derive_seed(seed, "recordings") % 2**31)
+
     def _clarity(self, name: str) -> float:
         return float(getattr(self.study, f"{name}_strength")) / NOISE[name]
-
-    @property
-    def preparation(self) -> PrepareConfig:
-        """One sample a trial. No detector runs: boxes.csv says where faces stand on average."""
-        study = self.study
-        return PrepareConfig(
-            window=study.trial_seconds,
-            stride=study.trial_seconds,
-            trial_seconds=study.trial_seconds,
-            fps=float(study.fps),
-            frame_stride=round(study.trial_seconds * study.fps) // FRAMES,
-            img_size=IMG_SIZE,
-            faces="boxes",
-            labels=LABEL,
-        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +93,7 @@ def record_study(condition: RecordedCondition, seed: int, folder: Path) -> Recor
 
     Conditions of a seed that differ in label noise alone share all recordings and the truth.
     """
-    config = replace(condition.study, seed=derive_seed(seed, "recordings") % 2**31)
+    config = condition.seeded(seed)
     root = folder / "study"
     write_study(root, config)
     _write_boxes(root, usual_box(config))
