@@ -240,13 +240,6 @@ def draw_scenes(config: StudyConfig, trial: Trial, rng: np.random.Generator) -> 
         )
 
 
-def usual_box(config: StudyConfig) -> tuple[float, float, float, float]:
-    """x1, y1, x2, y2 in pixels of the face, brows to chin, where it stands on average."""
-    unit = min(config.width, config.height)
-    x, y, half = config.width / 2, 0.49 * config.height, 0.23 * unit
-    return x - half, y - 0.75 * half, x + half, y + 1.25 * half
-
-
 def write_video(
     path: Path, config: StudyConfig, person: Identity, trial: Trial, rng: np.random.Generator
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from pycdgkd.data import Cache, StudyConfig, sample_frames, video_fps, write_study
 from pycdgkd.data.eeg import open_bdf
 from pycdgkd.data.faces import FaceDetector, track_crops
-from pycdgkd.data.synthetic import EEG_NOISE, VIDEO_NOISE, plan_study, resting, usual_box
+from pycdgkd.data.synthetic import EEG_NOISE, VIDEO_NOISE, plan_study, resting
 from pycdgkd.data.synthetic_eeg import EEG_NAMES, PERIPHERALS
 from pycdgkd.data.synthetic_faces import Scene, draw_face, draw_identity
 from pycdgkd.errors import InputError
@@ -220,12 +220,3 @@ def test_the_expression_can_be_read_from_detected_crops() -> None:
     guess = grey[220:] @ grey[:220].T @ np.linalg.solve(kernel, drawn[:220])
     for column in range(2):
         assert np.corrcoef(guess[:, column], drawn[220:, column])[0, 1] > 0.75
-
-
-def test_the_usual_box_is_where_the_detector_finds_the_face(study: Path) -> None:
-    video = next((study / "face_video").glob("*/*.avi"))
-    found = FaceDetector(60).detect(next(sample_frames(video, stride=1)))[0][0]
-    usual = np.array(usual_box(STUDY))
-    common = np.clip(np.minimum(found, usual)[2:] - np.maximum(found, usual)[:2], 0, None).prod()
-    areas = [(box[2:] - box[:2]).prod() for box in (found, usual)]
-    assert common / (sum(areas) - common) > 0.5

@@ -78,13 +78,13 @@ def test_the_truth_is_the_latent_class(study: RecordedStudy) -> None:
         assert np.array_equal(study.oracle[name] > 0, shown > rest)
 
 
-def test_crops_hold_the_faces(study: RecordedStudy) -> None:
+def test_crops_hold_the_faces_that_the_detector_found(study: RecordedStudy) -> None:
     manifest = study.cache.manifest
-    assert manifest["parameters"]["faces"] == "boxes"
-    assert manifest["face_miss_rate"] == 0.0
+    assert manifest["parameters"]["faces"] == "mtcnn"
+    assert manifest["face_miss_rate"] < 0.05
     assert study.cache.video.shape[1:] == (4, 3, 48, 48)
-    middle = study.cache.video[:, :, 0, 16:32, 16:32].astype(float)  # red of the cheeks and nose
-    assert (middle > study.cache.video[:, :, 2, 16:32, 16:32]).mean() > 0.95
+    middle = study.cache.video[:, :, :, 16:32, 16:32].astype(float)
+    assert (middle[:, :, 0] > middle[:, :, 2]).mean() > 0.95  # skin: more red than blue
 
 
 def test_the_best_possible_accuracy_rises_with_strength(
@@ -210,7 +210,7 @@ def test_results_and_page_have_both_parts(finished: Path) -> None:
         assert f"R{number}. {claim.title}" in text
         assert f'id="R{claim.key}"' in source
     assert "so nothing on recordings can be firm" in text
-    assert "usual study 2.0, 1.8 15 %" in text
+    assert "usual study 1.0, 1.2 15 %" in text
 
 
 def test_a_change_of_one_part_leaves_the_jobs_of_the_other(finished: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pycdgkd.data.boxes import NAME as BOXES
 from pycdgkd.data.cache import Cache
 from pycdgkd.data.config import PrepareConfig, StudyConfig
 from pycdgkd.data.pipeline import prepare
@@ -22,7 +21,6 @@ from pycdgkd.data.synthetic import (
     VIDEO_NOISE,
     plan_study,
     resting,
-    usual_box,
     write_study,
 )
 from pycdgkd.experiments.controlled.study import MODALITIES
@@ -39,8 +37,7 @@ class RecordedCondition:
     """One kind of recorded study, named in words.
 
     study: strengths, label noise, subject effect and size; its seed is replaced by that of a job.
-    preparation: of the recordings; boxes.csv, if it asks for that, says where faces are on average.
-    fractions: shares of train, validation and test among all trials.
+    preparation: of its files. fractions: shares of train, validation and test among all trials.
     """
 
     name: str
@@ -96,7 +93,6 @@ def record_study(condition: RecordedCondition, seed: int, folder: Path) -> Recor
     config = condition.seeded(seed)
     root = folder / "study"
     write_study(root, config)
-    _write_boxes(root, usual_box(config))
     prepare(root, folder / "cache", condition.preparation, strict=True)
     truth = read_truth(root / "truth.csv")
     shutil.rmtree(root)
@@ -109,14 +105,6 @@ def record_study(condition: RecordedCondition, seed: int, folder: Path) -> Recor
         np.array([truth[key] for key in keys], dtype=np.int64),
         {name: np.array([odds[key][name] for key in keys]) for name in MODALITIES},
     )
-
-
-def _write_boxes(root: Path, box: tuple[float, float, float, float]) -> None:
-    """The same box for every video."""
-    videos = sorted(path.relative_to(root).as_posix() for path in root.glob("face_video/*/*.avi"))
-    with (root / BOXES).open("w", newline="", encoding="utf-8") as file:
-        rows = [("video", "x1", "y1", "x2", "y2"), *((video, *box) for video in videos)]
-        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def read_truth(path: Path) -> dict[tuple[int, int], int]:
