@@ -210,7 +210,7 @@ def test_results_and_page_have_both_parts(finished: Path) -> None:
         assert f"R{number}. {claim.title}" in text
         assert f'id="R{claim.key}"' in source
     assert "so nothing on recordings can be firm" in text
-    assert "usual study 1.0, 1.2 15 %" in text
+    assert "usual study 0.8, 2.0 15 %" in text
 
 
 def test_a_change_of_one_part_leaves_the_jobs_of_the_other(finished: Path, tmp_path: Path) -> None:

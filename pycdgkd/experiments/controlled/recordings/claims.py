@@ -20,8 +20,8 @@ USUAL = RecordedCondition(
         subjects=5,
         trials=99,
         trial_seconds=2.0,
-        video_strength=1.0,
-        eeg_strength=1.2,
+        video_strength=0.8,
+        eeg_strength=2.0,
         label_noise=0.15,
         subject_effect=0.5,
         width=128,
@@ -43,15 +43,15 @@ USUAL = RecordedCondition(
     ),
     (0.4, 0.1, 0.5),
 )
-NOISY = replace(USUAL, name="many wrong labels", study=replace(USUAL.study, label_noise=0.3))
+NOISY = replace(USUAL, name="many wrong labels", study=replace(USUAL.study, label_noise=0.25))
 CONDITIONS = (USUAL, NOISY)
-# The preset's networks and learning rate; its schedule is made for longer epochs.
+# The preset's networks; its schedule is made for longer epochs (here 13 steps).
 TRAINING = replace(
     preset_config("nano"),
     label=LABEL,
     threads=1,
     device="cpu",
-    optim=OptimConfig(epochs=16, batch_size=16, lr=5e-4, warmup=30, patience=6),
+    optim=OptimConfig(epochs=16, batch_size=16, lr=7e-4, warmup=60, patience=8),
 )
 
 
