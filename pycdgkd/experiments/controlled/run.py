@@ -105,7 +105,7 @@ def run_size(
     progress: Progress = None,
     recordings: Size | None = None,
 ) -> Path:
-    """``run_controlled`` for a size of one's own; without recordings where there is none of them.
+    """``run_controlled`` for sizes of one's own; without a second part where that is None.
 
     Each kind of study has its own journal, so that a change of one leaves the other's jobs alone.
     """

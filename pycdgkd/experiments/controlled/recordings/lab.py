@@ -59,9 +59,8 @@ class RecordedLab:
     def open(cls, study: RecordedStudy, config: TrainConfig, seed: int, out: Path) -> RecordedLab:
         """A lab whose split, weights, batch orders and drawn sources are of this seed.
 
-        config: how its networks are trained; its own seed and split are replaced.
-
-        out: folder of checkpoints and logs.
+        config: how its networks are trained; its own seed and split are replaced. out: folder of
+        checkpoints and logs.
         """
         split = SplitConfig(fractions=study.condition.fractions, seed=seed)
         config = replace(config, seed=seed, split=split)

@@ -88,12 +88,13 @@ class RecordedStudy:
 def record_study(condition: RecordedCondition, seed: int, folder: Path) -> RecordedStudy:
     """Write the study of a condition and a seed, prepare it in ``folder``, delete the recordings.
 
+    A trial in whose video the detector finds no face at all is missing, as it would be of DEAP.
     Conditions of a seed that differ in label noise alone share all recordings and the truth.
     """
     config = condition.seeded(seed)
     root = folder / "study"
     write_study(root, config)
-    prepare(root, folder / "cache", condition.preparation, strict=True)
+    prepare(root, folder / "cache", condition.preparation)
     truth = read_truth(root / "truth.csv")
     shutil.rmtree(root)
     cache = Cache.open(folder / "cache")
@@ -120,7 +121,8 @@ def _log_odds(config: StudyConfig) -> dict[tuple[int, int], dict[str, Any]]:
     """By (subject, trial) and modality: strength (evidence before tanh - rest) / noise^2."""
     odds = {}
     for trials in plan_study(config):
-        rest = dict(zip(MODALITIES, resting(config, trials[0].subject)[:, 1], strict=True))
+        rests = resting(config, trials[0].subject)[:, ("valence", "arousal").index(LABEL)]
+        rest = dict(zip(MODALITIES, rests, strict=True))
         for trial in trials:
             odds[trial.subject, trial.trial] = {
                 name: getattr(config, f"{name}_strength")
