@@ -200,7 +200,7 @@ def test_results_and_page_have_both_parts(finished: Path) -> None:
     assert results["seeds"] == recorded["seeds"] == [0]
     assert [entry["name"] for entry in recorded["conditions"]] == [USUAL.name, NOISY.name]
     assert recorded["schedule"]["preset"] == "nano"
-    assert recorded["ground"]["usual study"]["test trials"]["mean"] == 10
+    assert recorded["ground"]["usual study"]["test trials"]["mean"] == 9
     # Both alone, fusion, teacher and assistants; the chain and four students beside the control.
     assert recorded["networks"] == 6 + 8
     source = (finished / "controlled.html").read_text(encoding="utf-8")
@@ -210,7 +210,7 @@ def test_results_and_page_have_both_parts(finished: Path) -> None:
         assert f"R{number}. {claim.title}" in text
         assert f'id="R{claim.key}"' in source
     assert "so nothing on recordings can be firm" in text
-    assert "usual study 0.8, 2.0 15 %" in text
+    assert "usual study 0.8, 2.0 10 %" in text
 
 
 def test_a_change_of_one_part_leaves_the_jobs_of_the_other(finished: Path, tmp_path: Path) -> None:
