@@ -195,6 +195,8 @@ class StudyConfig:
     or EEG shows, against a per-trial evidence noise of fixed size; 0 leaves noise alone.
     label_noise: probability that a trial's rating lies on the wrong side (mirrored about 5).
     rating_noise: standard deviation of the ratings about the latent value, in points (scale 1-9).
+    subject_effect: standard deviation of what a subject's face and EEG show at rest, in every trial
+    alike, in the units of the evidence noise (0.45 in the face, 0.35 in the EEG).
     fixation: seconds of each fixation screen (5 before a trial and 3 after it in DEAP).
     hold: number of video frames for which a drawn face stands still.
     """
@@ -206,6 +208,7 @@ class StudyConfig:
     eeg_strength: float = 1.0
     label_noise: float = 0.02
     rating_noise: float = 0.5
+    subject_effect: float = 0.0
     seed: int = 0
     width: int = 240
     height: int = 192
@@ -217,7 +220,7 @@ class StudyConfig:
         """Raise ``InputError`` for any value that cannot be meant."""
         for name in ("subjects", "trials", "fps", "hold"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("video_strength", "eeg_strength", "rating_noise", "seed"):
+        for name in ("video_strength", "eeg_strength", "rating_noise", "subject_effect", "seed"):
             _at_least(name, getattr(self, name), 0.0)
         _at_least("trial_seconds", self.trial_seconds, 1.0)
         _at_least("fixation", self.fixation, 0.1)

@@ -8,9 +8,10 @@
 
 Each trial has a latent valence and arousal in [-1, 1], given by its video and a little by the
 subject. Three things see it, each with noise of its own: the ratings, the face and the EEG. Face
-and EEG each get one evidence value a trial, tanh(strength * latent + noise), so either alone is
-right only most of the time and the two together are right more often. It shows that the chain
-works; it says nothing about how well emotions can be read from real faces or real EEG.
+and EEG each get one evidence value a trial, tanh(strength * latent + rest + noise), rest being the
+subject's own, so either alone is right only most of the time and the two together are right more
+often. It shows that the chain works; it says nothing about how well emotions can be read from real
+faces or real EEG.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pycdgkd.errors import InputError, require
 from pycdgkd.processes import worker_pool
@@ -31,6 +33,8 @@ from pycdgkd.processes import worker_pool
 from .config import StudyConfig, config_to_dict
 from .synthetic_eeg import RATE, plan_timeline, write_recording
 from .synthetic_faces import Identity, Scene, draw_face, draw_identity
+
+Pairs = npt.NDArray[np.float64]
 
 MARKER = "synthetic.json"
 RATING_COLUMNS = (
@@ -42,7 +46,7 @@ VIDEO_NOISE = 0.45  # standard deviation of a trial's evidence noise in the face
 EEG_NOISE = 0.35  # the same in the EEG
 # Streams of random numbers: each draws from default_rng([seed, stream, ...]), so that no file
 # depends on the order, or the process, in which the files are written.
-STIMULI, RATINGS, RECORDING, IDENTITY, TRIAL_VIDEO, TIMELINE = range(6)
+STIMULI, RATINGS, RECORDING, IDENTITY, TRIAL_VIDEO, TIMELINE, REST = range(7)
 
 README = """\
 Synthetic recordings in the layout of DEAP's original files (see synthetic.json for the
@@ -83,16 +87,23 @@ def _stimuli(config: StudyConfig) -> list[tuple[float, float]]:
     return [(float(s[0] * m[0]), float(s[1] * m[1])) for s, m in zip(signs, size, strict=True)]
 
 
+def resting(config: StudyConfig, subject: int) -> Pairs:
+    """What a subject shows without any emotion: (face, EEG) by (valence, arousal), (2, 2)."""
+    drawn = np.random.default_rng([config.seed, REST, subject]).standard_normal((2, 2))
+    return config.subject_effect * np.array([[VIDEO_NOISE], [EEG_NOISE]]) * drawn
+
+
 def _plan_subject(
     config: StudyConfig, stimuli: list[tuple[float, float]], subject: int
 ) -> list[Trial]:
     rng = np.random.default_rng([config.seed, RATINGS, subject])
     order = rng.permutation(config.trials)
+    face_rest, eeg_rest = resting(config, subject)
     trials = []
     for trial, shown in enumerate(order.tolist(), start=1):
         latent = np.clip(np.array(stimuli[shown]) + rng.normal(0, 0.1, 2), -1, 1)
-        video = np.tanh(config.video_strength * latent + rng.normal(0, VIDEO_NOISE, 2))
-        eeg = np.tanh(config.eeg_strength * latent + rng.normal(0, EEG_NOISE, 2))
+        video = np.tanh(config.video_strength * latent + face_rest + rng.normal(0, VIDEO_NOISE, 2))
+        eeg = np.tanh(config.eeg_strength * latent + eeg_rest + rng.normal(0, EEG_NOISE, 2))
         ratings = _rate(config, latent, rng)
         trials.append(
             Trial(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import edfio
@@ -12,7 +13,7 @@ import pytest
 from pycdgkd.data import Cache, StudyConfig, sample_frames, video_fps, write_study
 from pycdgkd.data.eeg import open_bdf
 from pycdgkd.data.faces import FaceDetector, track_crops
-from pycdgkd.data.synthetic import plan_study
+from pycdgkd.data.synthetic import EEG_NOISE, VIDEO_NOISE, plan_study, resting
 from pycdgkd.data.synthetic_eeg import EEG_NAMES, PERIPHERALS
 from pycdgkd.data.synthetic_faces import Scene, draw_face, draw_identity
 from pycdgkd.errors import InputError
@@ -130,6 +131,27 @@ def test_strength_moves_the_evidence() -> None:
         assert 0.8 < share[name, 1.0] < 0.99
         assert share[name, 3.0] > 0.99
     assert share["video_valence", 1.0] < share["eeg_valence", 1.0]
+
+
+def test_a_subject_shows_its_rest_in_every_trial() -> None:
+    plain = StudyConfig(subjects=3, trials=10, seed=4)
+    shifted = replace(plain, subject_effect=0.8)
+    for before, after in zip(plan_study(plain), plan_study(shifted), strict=True):
+        rest = resting(shifted, before[0].subject)
+        for old, new in zip(before, after, strict=True):
+            assert (old.valence, old.arousal, old.ratings) == (
+                new.valence,
+                new.arousal,
+                new.ratings,
+            )
+            for row, name in enumerate(("video", "eeg")):
+                for column, what in enumerate(("valence", "arousal")):
+                    values = [np.arctanh(getattr(t, f"{name}_{what}")) for t in (old, new)]
+                    assert values[1] - values[0] == pytest.approx(rest[row, column], abs=1e-6)
+    rests = np.stack([resting(replace(shifted, subjects=99), s) for s in range(1, 100)])
+    assert rests.std(0)[0] == pytest.approx(0.8 * VIDEO_NOISE, rel=0.2)
+    assert rests.std(0)[1] == pytest.approx(0.8 * EEG_NOISE, rel=0.2)
+    assert not resting(plain, 1).any()
 
 
 def test_the_two_modalities_err_independently() -> None:

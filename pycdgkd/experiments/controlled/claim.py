@@ -4,8 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
-from .lab import Lab, Recipe
+from .lab import Recipe
+
+
+class AnyCondition(Protocol):
+    """What a claim must know of a kind of study; a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """In words."""
+
+    @property
+    def weaker(self) -> tuple[str, ...]:
+        """The modality of less strength; both where they are equal."""
+
+    @property
+    def stronger(self) -> tuple[str, ...]:
+        """The modality of more strength; both where they are equal."""
+
+
+class AnyLab(Protocol):
+    """What trains recipes on one study, each once: ``Lab`` or ``RecordedLab``."""
+
+    @property
+    def condition(self) -> AnyCondition:
+        """Of the study."""
+
+    @property
+    def trainings(self) -> int:
+        """How many networks were trained."""
+
+    def measure(self, recipe: Recipe) -> dict[str, float]:
+        """A network's test accuracy on true labels, and what its branches are worth."""
+
+    def ground(self) -> dict[str, float]:
+        """How hard the study is, whatever is trained on it."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +84,16 @@ class Claim:
     reference: str
     comparisons: tuple[Comparison, ...]
     conditions: tuple[str, ...]
-    measure: Callable[[Lab, Arm], dict[str, float]]
+    measure: Callable[[AnyLab, Arm], dict[str, float]]
     metric: str = "accuracy"
 
 
-def accuracy(lab: Lab, arm: Arm) -> dict[str, float]:
+def accuracy(lab: AnyLab, arm: Arm) -> dict[str, float]:
     """Test accuracy on true labels."""
     return {"accuracy": lab.measure(arm.recipes[0])["accuracy"]}
 
 
-def branches(lab: Lab, arm: Arm) -> dict[str, float]:
+def branches(lab: AnyLab, arm: Arm) -> dict[str, float]:
     """Accuracy of fusion and of probes on the frozen branches, the weaker and the stronger one.
 
     lambda: mean over the steps of the one weight that is not 0. Both branches' mean is given twice
@@ -65,7 +102,7 @@ def branches(lab: Lab, arm: Arm) -> dict[str, float]:
     found: dict[str, float] = {}
     for recipe in arm.recipes:
         found |= lab.measure(recipe)
-    condition = lab.study.condition
+    condition = lab.condition
     values = {} if len(arm.recipes) > 1 else {"accuracy": found["accuracy"]}
     for side, names in (("weaker", condition.weaker), ("stronger", condition.stronger)):
         for probe, metric in (("probe", side), ("nearest", f"{side}_nearest")):

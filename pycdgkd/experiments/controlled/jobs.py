@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,21 +17,22 @@ from pycdgkd.errors import InputError
 from pycdgkd.training.config import TrainConfig
 from pycdgkd.training.environment import reproducible
 
-from .claim import Claim
+from .claim import AnyCondition, AnyLab, Claim
 from .claims import DENSE, VIDEO
-from .lab import Lab
-from .study import Condition, draw_study, oracle_accuracy
-from .training import Schedule
+
+# From a condition, a seed and the schedule of its kind to a lab, and back to an empty disk.
+OpenLab: TypeAlias = Callable[[Any, int, Any], AbstractContextManager[AnyLab]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A condition and a seed; claims: those tested under it."""
+    """A condition and a seed; claims: those tested under it, in the lab that ``open_lab`` opens."""
 
-    condition: Condition
+    condition: AnyCondition
     seed: int
-    schedule: Schedule
+    schedule: Any
     claims: tuple[Claim, ...]
+    open_lab: OpenLab
 
     @property
     def key(self) -> tuple[str, int]:
@@ -40,8 +43,10 @@ class Job:
 def run_job(job: Job) -> dict[str, Any]:
     """Numbers of every arm; equal on every machine of one kind, whatever else runs."""
     started = time.monotonic()
-    with reproducible(TrainConfig(threads=1), torch.device("cpu")):
-        lab = Lab(draw_study(job.condition, job.seed), job.seed, job.schedule)
+    with (
+        reproducible(TrainConfig(threads=1), torch.device("cpu")),
+        job.open_lab(job.condition, job.seed, job.schedule) as lab,
+    ):
         values = {
             claim.key: {arm.name: claim.measure(lab, arm) for arm in claim.arms}
             for claim in job.claims
@@ -57,14 +62,11 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _ground(lab: Lab) -> dict[str, float]:
+def _ground(lab: AnyLab) -> dict[str, float]:
     """How hard the study is: what its law allows, and what the networks of the chain reach."""
-    test = lab.study.test
     networks = dict(zip(("teacher", "assistant 1", "assistant 2"), DENSE, strict=True))
     return {
-        "oracle video": oracle_accuracy(test, ("video",)),
-        "oracle EEG": oracle_accuracy(test, ("eeg",)),
-        "oracle both": oracle_accuracy(test),
+        **lab.ground(),
         **{name: lab.measure(recipe)["accuracy"] for name, recipe in networks.items()},
         "student alone": lab.measure(VIDEO)["accuracy"],
     }

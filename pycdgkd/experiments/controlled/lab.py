@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,7 +12,15 @@ from torch import Tensor
 from pycdgkd.training.environment import derive_seed
 
 from .nets import Net, build_net
-from .study import MODALITIES, NUM_CLASSES, Study, trial_folds
+from .study import (
+    MODALITIES,
+    NUM_CLASSES,
+    Condition,
+    Study,
+    draw_study,
+    oracle_accuracy,
+    trial_folds,
+)
 from .training import (
     CrossEntropy,
     Eq9,
@@ -79,6 +89,20 @@ class Lab:
         return self.shelf[recipe]
 
     @property
+    def condition(self) -> Condition:
+        """Of the study."""
+        return self.study.condition
+
+    def ground(self) -> dict[str, float]:
+        """What the law that drew the study allows."""
+        test = self.study.test
+        return {
+            "oracle video": oracle_accuracy(test, ("video",)),
+            "oracle EEG": oracle_accuracy(test, ("eeg",)),
+            "oracle both": oracle_accuracy(test),
+        }
+
+    @property
     def trainings(self) -> int:
         """How many networks were trained."""
         return len(self.shelf) + sum(lab.trainings for lab in self.others.values())
@@ -127,6 +151,12 @@ class Lab:
             values[f"probe_{name}"] = linear_probe(fitted, told, asked, test.truth)
             values[f"nearest_{name}"] = nearest_prototype(fitted, told, asked, test.truth)
         return {**values, **trained.log}
+
+
+@contextmanager
+def drawn_lab(condition: Condition, seed: int, schedule: Schedule) -> Iterator[Lab]:
+    """A lab on the features of a condition and a seed."""
+    yield Lab(draw_study(condition, seed), seed, schedule)
 
 
 def linear_probe(fitted: Tensor, told: Tensor, asked: Tensor, truth: Tensor) -> float:

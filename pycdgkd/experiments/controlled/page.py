@@ -11,6 +11,7 @@ from pycdgkd.files import write_text
 from pycdgkd.report.templates import environment
 
 from .figures import claim_figure
+from .recordings.study import NOISE
 from .verdicts import LEVEL, MARGIN, tally
 
 NAME = "controlled.html"
@@ -24,19 +25,34 @@ def write_page(out: Path, results: Mapping[str, Any]) -> Path:
         share=lambda value: f"{value:.3f}",
         probability=lambda p: f"{p:.3f}" if p >= 0.001 else "< 0.001",
     )
-    drawing: Callable[[str], Any] = require("markupsafe", "train").Markup
+    recorded = results.get("recordings")
     text = pages.get_template("page.html.j2").render(
         results=results,
-        conditions={entry["name"]: entry for entry in results["conditions"]},
-        figures={claim["key"]: drawing(claim_figure(claim)) for claim in results["claims"]},
-        tallies=[(claim, _tallies(claim)) for claim in results["claims"]],
+        recorded=recorded,
+        parts=[
+            _part("features", "", results),
+            *([_part("recordings", "R", recorded)] if recorded else []),
+        ],
+        recorded_noise=NOISE,
         level=LEVEL,
         margin=MARGIN,
-        least_p=2.0 ** (1 - len(results["seeds"])),
     )
     path = out / NAME
     write_text(path, str(text))
     return path
+
+
+def _part(name: str, mark: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page says of the claims on one kind of study. mark: before the claims' numbers."""
+    drawing: Callable[[str], Any] = require("markupsafe", "train").Markup
+    return {
+        "name": name,
+        "mark": mark,
+        "results": results,
+        "figures": {claim["key"]: drawing(claim_figure(claim)) for claim in results["claims"]},
+        "tallies": [(claim, _tallies(claim)) for claim in results["claims"]],
+        "least_p": 2.0 ** (1 - len(results["seeds"])),
+    }
 
 
 def _tallies(claim: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
