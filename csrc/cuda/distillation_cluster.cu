@@ -9,148 +9,26 @@
 #include <mutex>
 #include <tuple>
 
-#include "distillation.cuh"
+#include "cluster_rows.cuh"
 
 namespace pycdgkd {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 16, kRanks = 16, kMostSlots = 8;
-constexpr float kLn2 = 0.693147180559945309f;
-
-// Of one block, and then of the row: the maxima (0: the student's) and what ratio_of wants of each
-// source: reverse, the source where the student is largest; forward, the student where the source
-// is.
-template <int S>
-struct First {
-  float maximum[S + 1], anchor[S];
-};
-
-// The student's sum, its sum at T = 1 without the true class, the sources' sums, and the mean slope
-// (reverse) or each source's sum of gaps (forward), all unnormalised.
-template <int S, bool reverse>
-constexpr int kSums = S + 2 + (reverse ? 1 : S);
-
-template <int S, bool reverse>
-struct alignas(16) Shared {
-  float warp_maxima[S + 1][kWarps];
-  float warp_sums[kWarps][kSums<S, reverse>];
-  double warp_extra[kWarps];
-  First<S> first[kRanks];
-  double second[kRanks][kSums<S, reverse>];
-  double extra[2][kRanks];
-  double ce, kl, rows;  // sums of this cluster; rows that take part in all
-  // Of the row, as its first warp finds them.
-  float maxima[S + 1], anchors[S], sums[kSums<S, reverse>], mean, divergence;
-  bool careful;
-  Ratio<float> ratios[S];
-  float weights[S], factors[S];  // of the active sources; weight / temperature
-  int active[S];
-  int count;
-};
-
-// For e^(x scale), x <= 0, with scale = hi + lo in units of log2. `exact` puts back what rounding
-// x scale loses, a part in |x| 2^24, as fast_exp does: for the student's classes in float32, of
-// which even the least likely may be all that the cross-entropy of a sure row is made of.
-struct Scale {
-  float hi, lo;
-};
-
-__device__ __forceinline__ Scale scale_of(double temperature) {
-  const double scale = 1.4426950408889634074 / temperature;
-  const auto hi = static_cast<float>(scale);
-  return {hi, static_cast<float>(scale - static_cast<double>(hi))};
-}
-
-template <bool exact>
-__device__ __forceinline__ float exponential(float x, const Scale& scale) {
-  const float y = x * scale.hi, e = exp2_approximate(y);
-  if (!exact || e == 0.0f) return e;
-  return fmaf(e * fmaf(x, scale.lo, fmaf(x, scale.hi, -y)), kLn2, e);
-}
-
-constexpr int kPart = 4;
-
-// Elements kPart * part and on of a vector.
-template <class T>
-__device__ __forceinline__ void unpack_part(const uint4* raw, int part, float (&to)[kPart]) {
-  unpack<T, kPart>(reinterpret_cast<const Packed<T, kPart>*>(raw)[part], to);
-}
-
-// The larger of each of the two 16-bit elements that words hold; NaN counts for nothing.
-template <class T>
-__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-  uint32_t most;
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
-  } else {
-    asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
-  }
-  return most;
-#else
-  T x[2], y[2];
-  memcpy(x, &a, sizeof(a));
-  memcpy(y, &b, sizeof(b));
-  for (int v = 0; v < 2; ++v) {
-    const float left = to_arithmetic(x[v]), right = to_arithmetic(y[v]);
-    if (!(left >= right) && right == right) x[v] = y[v];
-  }
-  uint32_t most;
-  memcpy(&most, x, sizeof(most));
-  return most;
-#endif
-}
-
-// The largest of a vector and `most`.
-template <class T>
-__device__ __forceinline__ float larger(float most, const uint4* raw) {
-  const uint4 from = *raw;
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t pair =
-        larger_pair<T>(larger_pair<T>(from.x, from.y), larger_pair<T>(from.z, from.w));
-    T both[2];
-    memcpy(both, &pair, sizeof(pair));
-    return fmaxf(most, fmaxf(to_arithmetic(both[0]), to_arithmetic(both[1])));
-  } else {
-    float x[4];
-    memcpy(x, &from, sizeof(from));
-    return fmaxf(fmaxf(most, fmaxf(x[0], x[1])), fmaxf(x[2], x[3]));
-  }
-}
-
-// S: slots for active sources. R: vectors of a row that each thread holds.
 template <class T, int S, int R, bool reverse>
-class ClusterRows {
-  static constexpr int V = kVector<T>, W = kPart, parts = V / W, Q = kSums<S, reverse>;
+class ClusterRows : public HeldRow<T, S, R, reverse> {
+  using Held = HeldRow<T, S, R, reverse>;
+  using Held::ask_for, Held::find_maxima, Held::load, Held::meet, Held::place, Held::source;
+  using Held::begin_, Held::constant_, Held::count_, Held::d_, Held::i_, Held::maxima_;
+  using Held::offsets_, Held::rank_, Held::shared_, Held::size_, Held::temperature_;
+  using Held::student, Held::V, Held::vector;
+  using Held::vectors_, Held::y_;
+  static constexpr int W = kPart, parts = V / W, Q = kSums<S, reverse>;
   static constexpr bool exact = sizeof(T) == 4;
-  static_assert(R * V <= 32, "tell_anchors: a lane an element");
-  using Common = Shared<S, reverse>;
 
  public:
-  __device__ __forceinline__ ClusterRows(const DistillationArguments& d, Common& shared)
-      : d_(d),
-        shared_(shared),
-        rank_(cluster_rank()),
-        size_(cluster_size()),
-        vectors_(static_cast<int>(d.K / V)),
-        begin_(static_cast<int>(rank_ * blockDim.x) * R),
-        temperature_(static_cast<float>(d.temperature)),
-        scale_(scale_of(d.temperature)) {
-    if (threadIdx.x == 0) {
-      int count = 0;
-      for (int j = 0; j < d.S; ++j) {
-        const float weight = source_weight<float>(d, j);
-        if (weight == 0.0f) continue;
-        shared.weights[count] = weight;
-        shared.factors[count] = weight / temperature_;
-        shared.active[count++] = j;
-      }
-      shared.count = count;
-    }
-    __syncthreads();
-    count_ = shared.count;
-  }
+  __device__ __forceinline__ ClusterRows(const DistillationArguments& d, Shared<S, reverse>& shared)
+      : Held(d, shared), scale_(scale_of(d.temperature)) {}
 
   // Everything of row i; ce and kl grow in the first thread of the cluster.
   __device__ __forceinline__ void work(int64_t i, int64_t next, int y,
@@ -183,19 +61,6 @@ class ClusterRows {
     shared_.kl += static_cast<double>(divergence);
   }
 
-  // A row without a label: no loss, gradient 0.
-  __device__ __forceinline__ void ignore(int64_t i) const {
-    if (rank_ == 0 && threadIdx.x == 0 && d_.row_kl != nullptr) {
-      static_cast<float*>(d_.row_kl)[i] = 0.0f;
-    }
-    if (d_.grad == nullptr) return;
-    const float zeros[V] = {};
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (vector(r) < vectors_) store_gradient(d_, i * d_.K + vector(r) * V, zeros);
-    }
-  }
-
  private:
   // Of the cross-entropy: e^(s - max) times `factor`, of the true class -others times it.
   struct Residual {
@@ -204,17 +69,6 @@ class ClusterRows {
         : others(others_), factor(1.0f / (true_exp + others_)) {}
   };
 
-  __device__ __forceinline__ int vector(int r) const {
-    return begin_ + r * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-  }
-  __device__ __forceinline__ const uint4* student(int64_t i) const {
-    return reinterpret_cast<const uint4*>(static_cast<const T*>(d_.logits.data) +
-                                          i * d_.logits.row_stride);
-  }
-  __device__ __forceinline__ const uint4* source(int slot, int64_t i) const {
-    const Source& s = d_.sources[shared_.active[slot]];
-    return reinterpret_cast<const uint4*>(static_cast<const T*>(s.data) + i * s.row_stride);
-  }
   __device__ __forceinline__ float inverse_temperature() const { return 1.0f / temperature_; }
   __device__ __forceinline__ float plain(float x, float e) const {
     return temperature_ == 2.0f
@@ -223,131 +77,6 @@ class ClusterRows {
                       ? e
                       : exponential<exact>(x, Scale{1.44269504f, 1.925963033e-8f}));
   }
-  // Vector r of this thread's, of the student (0) or an active source.
-  __device__ __forceinline__ uint4* place(int row, int r) const {
-    const auto at = static_cast<unsigned>(row * R + r) * blockDim.x + threadIdx.x;
-    return reinterpret_cast<uint4*>(dynamic_shared() + sizeof(Common)) + at;
-  }
-
-  // Each thread reads what it has copied itself: no barrier is needed.
-  __device__ __forceinline__ void load() const {
-    for (int row = 0; row <= count_; ++row) {
-      const uint4* from = row == 0 ? student(i_) : source(row - 1, i_);
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (vector(r) < vectors_) copy_async(place(row, r), from + vector(r));
-      }
-    }
-    await_copies();
-  }
-
-  // This block's part of another row, a thread for each of its rows.
-  __device__ __forceinline__ void ask_for(int64_t i) const {
-    const int left = vectors_ - begin_, most = static_cast<int>(blockDim.x) * R;
-    const int j = static_cast<int>(threadIdx.x) - 1;
-    if (j >= count_ || left <= 0) return;
-    const auto bytes =
-        static_cast<unsigned>(left < most ? left : most) * static_cast<unsigned>(sizeof(uint4));
-    prefetch((j < 0 ? student(i) : source(j, i)) + begin_, bytes);
-  }
-
-  // told: whether this warp has written to other blocks since they met. Only then must it wait
-  // until all that it wrote, gradients too, has arrived.
-  __device__ __forceinline__ void meet(bool told) const {
-    if (size_ > 1) {
-      cluster_barrier(told);
-    } else {
-      __syncthreads();
-    }
-  }
-
-  // ---- the first meeting ----
-
-  __device__ __forceinline__ void find_maxima() {
-    float mine[S + 1];
-#pragma unroll
-    for (int j = 0; j <= S; ++j) mine[j] = -infinity<float>();
-#pragma unroll
-    for (int j = 0; j <= S; ++j) {
-      for (int r = 0; r < R; ++r) {
-        if (j > count_ || vector(r) >= vectors_) break;
-        mine[j] = larger<T>(mine[j], place(j, r));
-      }
-    }
-#pragma unroll
-    for (int j = 0; j <= S; ++j) {
-      const float most = warp_max(mine[j]);
-      if (lane_id() == 0) shared_.warp_maxima[j][warp_id()] = most;
-    }
-    __syncthreads();
-    bool told = warp_id() == 0;
-    const int warps = static_cast<int>(blockDim.x) / 32;
-#pragma unroll
-    for (int j = 0; j <= S; ++j) {
-      // Reverse: of the student all sources' anchors; forward: of each source the student's.
-      const bool anchors = (j == 0) == reverse && j <= count_;
-      if (!anchors && warp_id() != 0) continue;
-      const float most = lane_id() < warps ? shared_.warp_maxima[j][lane_id()] : -infinity<float>();
-      const float block = warp_max(most);
-      if (anchors && first_lane(lane_id() < warps && most == block) == warp_id()) {
-        tell_anchors(j, first_lane(mine[j] == block), block);
-        told = true;
-      }
-      if (threadIdx.x < size_) in_block(&shared_.first[rank_], threadIdx.x)->maximum[j] = block;
-    }
-    meet(told);
-    combine_maxima();
-  }
-
-  __device__ __forceinline__ void combine_maxima() {
-    const auto rank = static_cast<unsigned>(lane_id());
-    float anchors[S];
-#pragma unroll
-    for (int j = 0; j <= S; ++j) {
-      const float most = rank < size_ ? shared_.first[rank].maximum[j] : -infinity<float>();
-      maxima_[j] = warp_max(most);
-      if ((j == 0) != reverse) continue;
-      const First<S>& from = shared_.first[first_lane(rank < size_ && most == maxima_[j])];
-      if (j > 0) anchors[j - 1] = from.anchor[j - 1];
-#pragma unroll
-      for (int other = 0; j == 0 && other < S; ++other) anchors[other] = from.anchor[other];
-    }
-    constant_ = 0.0f;
-#pragma unroll
-    for (int j = 0; j < S; ++j) {
-      offsets_[j] = 0.0f;
-      if (j >= count_) continue;
-      const float difference = reverse ? maxima_[0] - anchors[j] : anchors[j] - maxima_[1 + j];
-      offsets_[j] = difference - difference == 0.0f ? difference : 0.0f;
-      constant_ -= shared_.factors[j] * offsets_[j];
-      if (threadIdx.x == 0) shared_.anchors[j] = anchors[j];
-    }
-    if (threadIdx.x != 0) return;
-#pragma unroll
-    for (int j = 0; j <= S; ++j) shared_.maxima[j] = maxima_[j];
-  }
-
-  __device__ __forceinline__ int first_lane(bool holds) const {
-    return __ffs(static_cast<int>(__ballot_sync(kAllLanes, holds))) - 1;
-  }
-
-  // By the warp that has the block's largest value of row j: lane n looks at element n of those
-  // that lane `owner` holds.
-  __device__ __forceinline__ void tell_anchors(int j, int owner, float most) const {
-    const int back = owner - lane_id(), n = lane_id();
-    const auto element = [&](int row, int at) {
-      return to_arithmetic(reinterpret_cast<const T*>(place(row, at / V) + back)[at % V]);
-    };
-    const bool held = n < R * V && vector(n / V) + back < vectors_;
-    const int at = first_lane(held && element(j, n) == most);
-    const int slot = reverse ? n : j - 1;
-    if (at < 0 || n >= (reverse ? count_ : 1)) return;
-    const float anchor = element(reverse ? 1 + n : 0, at);
-    for (unsigned q = 0; q < size_; ++q) {
-      in_block(&shared_.first[rank_], q)->anchor[slot] = anchor;
-    }
-  }
-
   // ---- the second meeting ----
 
   template <bool exactly>
@@ -603,15 +332,7 @@ class ClusterRows {
     return static_cast<float>(everyone(mine, 1));
   }
 
-  const DistillationArguments& d_;
-  Common& shared_;
-  const unsigned rank_, size_;
-  const int vectors_, begin_;
-  const float temperature_;
   const Scale scale_;
-  int count_, y_;
-  int64_t i_;
-  float maxima_[S + 1], offsets_[S], constant_;
 };
 
 // Of the smallest kernel three blocks of 256 threads fit a multiprocessor's registers.
@@ -646,14 +367,14 @@ struct Shape {
   unsigned size, threads;  // of a cluster in blocks, of a block
 };
 
-// The smallest cluster that holds a row of `vectors`; size 0: none does. Two blocks fit a
-// multiprocessor up to 256 threads, so that one computes while the other waits.
+// The smallest cluster that holds a row of `vectors`; size 0: none does. Up to 256 threads several
+// blocks fit a multiprocessor, so that one computes while another waits.
 Shape shape_of(int64_t vectors, int R) {
   const int64_t needed = (vectors + R - 1) / R, most = most_cluster_threads();
-  if (needed <= most) return {1, static_cast<unsigned>((needed + 31) / 32 * 32)};
   for (const int64_t threads : {most / 2, most}) {
-    for (unsigned size = 2; size <= most_cluster_blocks(); size *= 2) {
-      if (size * threads >= needed) return {size, static_cast<unsigned>(threads)};
+    for (unsigned size = 1; size <= most_cluster_blocks(); size *= 2) {
+      if (size * threads < needed) continue;
+      return {size, static_cast<unsigned>(size > 1 ? threads : (needed + 31) / 32 * 32)};
     }
   }
   return {0, 0};

@@ -1,0 +1,117 @@
+// What a cluster of blocks shares while it works on a row of Eq. 9, and the arithmetic of its
+// logits.
+#pragma once
+
+#include <type_traits>
+
+#include "distillation.cuh"
+
+namespace pycdgkd {
+namespace cuda {
+
+inline constexpr int kWarps = 16, kRanks = 16, kMostSlots = 8;
+inline constexpr float kLn2 = 0.693147180559945309f;
+
+// Of one block, and then of the row: the maxima (0: the student's) and what ratio_of wants of each
+// source: reverse, the source where the student is largest; forward, the student where the source
+// is.
+template <int S>
+struct First {
+  float maximum[S + 1], anchor[S];
+};
+
+// The student's sum, its sum at T = 1 without the true class, the sources' sums, and the mean slope
+// (reverse) or each source's sum of gaps (forward), all unnormalised.
+template <int S, bool reverse>
+inline constexpr int kSums = S + 2 + (reverse ? 1 : S);
+
+template <int S, bool reverse>
+struct alignas(16) Shared {
+  float warp_maxima[S + 1][kWarps];
+  float warp_sums[kWarps][kSums<S, reverse>];
+  double warp_extra[kWarps];
+  First<S> first[kRanks];
+  double second[kRanks][kSums<S, reverse>];
+  double extra[2][kRanks];
+  double ce, kl, rows;  // sums of this cluster; rows that take part in all
+  // Of the row, as its first warp finds them.
+  float maxima[S + 1], anchors[S], sums[kSums<S, reverse>], mean, divergence;
+  bool careful;
+  Ratio<float> ratios[S];
+  float weights[S], factors[S];  // of the active sources; weight / temperature
+  int active[S];
+  int count;
+};
+
+// For e^(x scale), x <= 0, with scale = hi + lo in units of log2. `exact` puts back what rounding
+// x scale loses, a part in |x| 2^24, as fast_exp does: for the student's classes in float32, of
+// which even the least likely may be all that the cross-entropy of a sure row is made of.
+struct Scale {
+  float hi, lo;
+};
+
+__device__ __forceinline__ Scale scale_of(double temperature) {
+  const double scale = 1.4426950408889634074 / temperature;
+  const auto hi = static_cast<float>(scale);
+  return {hi, static_cast<float>(scale - static_cast<double>(hi))};
+}
+
+template <bool exact>
+__device__ __forceinline__ float exponential(float x, const Scale& scale) {
+  const float y = x * scale.hi, e = exp2_approximate(y);
+  if (!exact || e == 0.0f) return e;
+  return fmaf(e * fmaf(x, scale.lo, fmaf(x, scale.hi, -y)), kLn2, e);
+}
+
+inline constexpr int kPart = 4;
+
+// Elements kPart * part and on of a vector.
+template <class T>
+__device__ __forceinline__ void unpack_part(const uint4* raw, int part, float (&to)[kPart]) {
+  unpack<T, kPart>(reinterpret_cast<const Packed<T, kPart>*>(raw)[part], to);
+}
+
+// The larger of each of the two 16-bit elements that words hold; NaN counts for nothing.
+template <class T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t most;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  }
+  return most;
+#else
+  T x[2], y[2];
+  memcpy(x, &a, sizeof(a));
+  memcpy(y, &b, sizeof(b));
+  for (int v = 0; v < 2; ++v) {
+    const float left = to_arithmetic(x[v]), right = to_arithmetic(y[v]);
+    if (!(left >= right) && right == right) x[v] = y[v];
+  }
+  uint32_t most;
+  memcpy(&most, x, sizeof(most));
+  return most;
+#endif
+}
+
+// The largest of a vector and `most`.
+template <class T>
+__device__ __forceinline__ float larger(float most, const uint4* raw) {
+  const uint4 from = *raw;
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t pair =
+        larger_pair<T>(larger_pair<T>(from.x, from.y), larger_pair<T>(from.z, from.w));
+    T both[2];
+    memcpy(both, &pair, sizeof(pair));
+    return fmaxf(most, fmaxf(to_arithmetic(both[0]), to_arithmetic(both[1])));
+  } else {
+    float x[4];
+    memcpy(x, &from, sizeof(from));
+    return fmaxf(fmaxf(most, fmaxf(x[0], x[1])), fmaxf(x[2], x[3]));
+  }
+}
+
+}  // namespace cuda
+}  // namespace pycdgkd
