@@ -33,8 +33,8 @@ unsigned blocks_of(int64_t N, int64_t K) {
     // Few blocks on each: what their rows leave to be read again fits the L2 cache.
     return blocks_for(N, 1, K > 8192 ? 2 * processors : 8 * processors);
   }
-  const int64_t lanes = K <= 2 ? 2 : (K <= 4 ? 4 : (K <= 8 ? 8 : (K <= 16 ? 16 : 32)));
-  return blocks_for(N, 256 / lanes, 8 * processors);
+  if (K <= 8) return blocks_for(N, kRowThreads, 16 * processors);
+  return blocks_for(N, K <= 16 ? 16 : 8, 8 * processors);
 }
 
 int threads_of(int64_t K) { return K <= 512 ? 64 : (K <= 2048 ? 128 : (K <= 8192 ? 256 : 512)); }

@@ -8,6 +8,7 @@ namespace pycdgkd {
 namespace cuda {
 
 inline constexpr int kCountBlocks = 64;
+inline constexpr int kRowThreads = 128;          // of a block whose threads have a row each
 inline constexpr int64_t kCountedByEach = 8192;  // rows that every block counts for itself
 
 struct Source {

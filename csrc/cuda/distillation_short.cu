@@ -1,5 +1,5 @@
-// Eq. 9 for rows of up to 32 classes: a row is a group of 2 to 32 lanes, one a class, and stays in
-// registers from the first load to the gradient.
+// Eq. 9 for rows of up to 32 classes, which stay in registers from the first load to the gradient:
+// up to 8 classes a thread works on a row, beyond them a group of 16 or 32 lanes, one a class.
 #include "distillation.cuh"
 
 namespace pycdgkd {
@@ -99,6 +99,161 @@ __device__ __forceinline__ void row(const DistillationArguments& d, const Factor
   kl += static_cast<double>(divergence);
 }
 
+// ---- a thread a row ----
+
+// A row's values, -inf beyond it. The dtype is asked once, so that its loads go out together.
+template <int C, class A, class T>
+__device__ __forceinline__ void load_values(const void* data, int64_t start, int64_t stride, int K,
+                                            A (&to)[C]) {
+  const T* row = static_cast<const T*>(data) + start;
+#pragma unroll
+  for (int k = 0; k < C; ++k) {
+    to[k] = k < K ? static_cast<A>(to_arithmetic(row[k * stride])) : -infinity<A>();
+  }
+}
+
+template <int C, class A>
+__device__ __forceinline__ void load_row(const Matrix& m, int64_t i, int K, A (&to)[C]) {
+  const int64_t start = i * m.row_stride;
+  switch (m.dtype) {
+    case Dtype::float32:
+      return load_values<C, A, float>(m.data, start, m.col_stride, K, to);
+    case Dtype::float64:
+      return load_values<C, A, double>(m.data, start, m.col_stride, K, to);
+    case Dtype::bfloat16:
+      return load_values<C, A, bfloat16>(m.data, start, m.col_stride, K, to);
+    default:
+      return load_values<C, A, float16>(m.data, start, m.col_stride, K, to);
+  }
+}
+
+// to[k] of a k known only now.
+template <int C, class A>
+__device__ __forceinline__ A element_of(const A (&values)[C], int k) {
+  A found = values[0];
+#pragma unroll
+  for (int c = 1; c < C; ++c) found = c == k ? values[c] : found;
+  return found;
+}
+
+// Exponentials e of the row's K values (0 beyond them), their sum, the largest value and where it
+// is.
+template <int C, class A>
+struct Softmax {
+  A e[C], maximum, total;
+  int first;
+
+  __device__ __forceinline__ Softmax(const A (&x)[C], int K, A inverse_temperature)
+      : maximum(x[0]), total(A(0)), first(0) {
+#pragma unroll
+    for (int k = 1; k < C; ++k) {
+      first = x[k] > maximum ? k : first;
+      maximum = x[k] > maximum ? x[k] : maximum;
+    }
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      e[k] = k < K ? fast_exp((x[k] - maximum) * inverse_temperature) : A(0);
+      total += e[k];
+    }
+  }
+};
+
+template <int C, class A>
+__device__ __forceinline__ void thread_row(const DistillationArguments& d,
+                                           const Factors<A>& factors, int64_t i, int y,
+                                           const A* weights, double& ce, double& kl) {
+  const int K = static_cast<int>(d.K);
+  const bool reverse = d.direction == Direction::reverse;
+  const A temperature = static_cast<A>(d.temperature), inverse_temperature = A(1) / temperature;
+  A s[C], p[C], slope[C], divergence = A(0), mean = A(0);
+  load_row(d.logits, i, K, s);
+  const Softmax<C, A> student(s, K, inverse_temperature);
+#pragma unroll
+  for (int k = 0; k < C; ++k) {
+    p[k] = student.e[k] * (A(1) / student.total);
+    slope[k] = A(0);
+  }
+  bool any = false;
+  for (int j = 0; j < d.S; ++j) {
+    if (weights[j] == A(0)) continue;
+    any = true;
+    A t[C];
+    load_row(
+        Matrix{d.sources[j].data, d.sources[j].row_stride, d.sources[j].col_stride, d.dtypes[j]}, i,
+        K, t);
+    const Softmax<C, A> source(t, K, inverse_temperature);
+    const A anchor = reverse ? element_of(t, student.first) : element_of(s, source.first);
+    const Ratio<A> ratio = ratio_of(reverse, weights[j], student.maximum, student.total,
+                                    source.maximum, source.total, anchor, inverse_temperature);
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      if (k < K) {
+        add_source(reverse, ratio, s[k], t[k], p[k], inverse_temperature, slope[k], divergence);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < C; ++k) mean += !reverse ? slope[k] : (p[k] == A(0) ? A(0) : p[k] * slope[k]);
+  A e[C], loss = A(0), others = A(0), true_exp = A(0);
+  const bool labelled = d.labels.data != nullptr, with_kl = any && factors.kl != A(0);
+  if (labelled) {
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      e[k] = k < K ? plain_exp(s[k] - student.maximum, student.e[k], temperature) : A(0);
+      true_exp = k == y ? e[k] : true_exp;
+      others += k == y ? A(0) : e[k];
+    }
+    loss = cross_entropy(student.maximum, element_of(s, y), true_exp, others);
+  }
+  if (d.grad != nullptr) {
+    const A inverse = A(1) / (true_exp + others);
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      if (k >= K) continue;
+      A grad = with_kl ? factors.kl * centred_slope(reverse, p[k], slope[k], mean) : A(0);
+      if (labelled) grad += factors.ce * ((k == y ? -others : e[k]) * inverse);
+      store_element(d.grad, i * d.K + k, d.grad_dtype, grad);
+    }
+  }
+  if (d.row_kl != nullptr) static_cast<A*>(d.row_kl)[i] = divergence;
+  ce += static_cast<double>(loss);
+  kl += static_cast<double>(divergence);
+}
+
+template <class A>
+__device__ __forceinline__ void ignore_row(const DistillationArguments& d, int64_t i) {
+  if (d.row_kl != nullptr) static_cast<A*>(d.row_kl)[i] = A(0);
+  for (int64_t k = 0; d.grad != nullptr && k < d.K; ++k) {
+    store_element(d.grad, i * d.K + k, d.grad_dtype, A(0));
+  }
+}
+
+template <class A, int C>
+__global__ void __launch_bounds__(kRowThreads, sizeof(A) == 4 ? 4 : 2)
+    thread_rows_kernel(const __grid_constant__ DistillationArguments d) {
+  __shared__ A weights[kMostSources];
+  for (int j = static_cast<int>(threadIdx.x); j < d.S; j += kRowThreads) {
+    weights[j] = source_weight<A>(d, j);
+  }
+  __syncthreads();
+  const double rows = rows_of_all(d);
+  const Factors<A> factors = factors_of<A>(d, rows);
+  double ce = 0.0, kl = 0.0;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x; i < d.N;
+       i += step) {
+    const int y = class_of(d.labels, i, d.K);
+    if (y < 0) {
+      ignore_row<A>(d, i);
+    } else {
+      thread_row<C>(d, factors, i, y, weights, ce, kl);
+    }
+  }
+  combine_blocks<A>(d, rows, ce, kl, blockIdx.x, gridDim.x);
+}
+
+// ---- a lane a class ----
+
 template <class A, int G>
 __global__ void __launch_bounds__(kThreads)
     short_rows_kernel(const __grid_constant__ DistillationArguments d) {
@@ -123,9 +278,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class A>
 void start(const DistillationArguments& d, unsigned blocks, Stream stream) {
-  if (d.K <= 2) return launch<short_rows_kernel<A, 2>>(blocks, kThreads, 0, stream, d);
-  if (d.K <= 4) return launch<short_rows_kernel<A, 4>>(blocks, kThreads, 0, stream, d);
-  if (d.K <= 8) return launch<short_rows_kernel<A, 8>>(blocks, kThreads, 0, stream, d);
+  if (d.K <= 2) return launch<thread_rows_kernel<A, 2>>(blocks, kRowThreads, 0, stream, d);
+  if (d.K <= 4) return launch<thread_rows_kernel<A, 4>>(blocks, kRowThreads, 0, stream, d);
+  if (d.K <= 8) return launch<thread_rows_kernel<A, 8>>(blocks, kRowThreads, 0, stream, d);
   if (d.K <= 16) return launch<short_rows_kernel<A, 16>>(blocks, kThreads, 0, stream, d);
   launch<short_rows_kernel<A, 32>>(blocks, kThreads, 0, stream, d);
 }

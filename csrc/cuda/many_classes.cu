@@ -73,17 +73,19 @@ __global__ void __launch_bounds__(32)
   out.mean[column] = active > 0.0 ? static_cast<A>(sum / active) : A(0);
 }
 
-// The rows less the mean and their bias, a warp a row.
-template <class A>
+// The rows less the mean and their bias, a warp a row or, of few rows, a block.
+template <class A, bool block>
 __global__ void __launch_bounds__(kThreads)
     centred_rows_kernel(const __grid_constant__ Centre c, bool vectors) {
   constexpr int V = kVector<A>;
   const Centred<A> out(c.centred, c.D, c.K);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(); k < padded(c.K);
-       k += step) {
+  constexpr int width = block ? kThreads : 32;
+  const int own = block ? static_cast<int>(threadIdx.x) : lane_id();
+  const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / width);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads / width);
+  for (int64_t k = first + (block ? 0 : warp_id()); k < padded(c.K); k += step) {
     if (k >= c.K) {
-      if (lane_id() == 0) out.bias[k] = A(0);
+      if (own == 0) out.bias[k] = A(0);
       continue;
     }
     A* to = out.rows + k * out.stride;
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t whole = vectors ? c.D / V * V : 0;
     A sum = A(0);
 #pragma unroll 4
-    for (int64_t d = lane_id() * V; d < whole; d += 32 * V) {
+    for (int64_t d = own * V; d < whole; d += width * V) {
       A x[V], mean[V];
       load_array<V>(static_cast<const A*>(c.prototypes.data) + k * c.prototypes.row_stride + d, x);
       load_array<V>(out.mean + d, mean);
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       store_array<V>(to + d, x);
     }
-    for (int64_t d = whole + lane_id(); d < out.stride; d += 32) {
+    for (int64_t d = whole + own; d < out.stride; d += width) {
       const A x = centred_element(c.prototypes, c.counts, c.D, k, d, out.mean[d]);
       to[d] = x;
       sum += x * x;
@@ -111,8 +113,8 @@ __global__ void __launch_bounds__(kThreads)
             x - centred_element(c.prototypes, c.counts, c.D, 1, d, out.mean[d]);
       }
     }
-    sum = warp_sum(sum);
-    if (lane_id() == 0) out.bias[k] = active ? -static_cast<A>(c.scale) * sum : -infinity<A>();
+    sum = block ? block_sum(sum) : warp_sum(sum);
+    if (own == 0) out.bias[k] = active ? -static_cast<A>(c.scale) * sum : -infinity<A>();
   }
 }
 
@@ -130,8 +132,14 @@ void centre(const Centre& c, double* sums, Stream stream) {
   }
   // The difference of two is made by elements.
   const bool plain = c.prototypes.dtype == (c.wide ? Dtype::float64 : Dtype::float32);
-  launch<centred_rows_kernel<A>>(blocks_for(padded(c.K), kWarps, most), kThreads, 0, stream, c,
-                                 plain && c.K != 2 && has_vector_rows(c.prototypes));
+  const bool vectors = plain && c.K != 2 && has_vector_rows(c.prototypes);
+  if (c.K <= device_limits().multiprocessors) {
+    launch<centred_rows_kernel<A, true>>(blocks_for(padded(c.K), 1, most), kThreads, 0, stream, c,
+                                         vectors);
+  } else {
+    launch<centred_rows_kernel<A, false>>(blocks_for(padded(c.K), kWarps, most), kThreads, 0,
+                                          stream, c, vectors);
+  }
 }
 
 struct CountRows {
