@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+
+import gpu_table
 
 from pycdgkd.bench import plots, records, table
 
@@ -27,6 +30,9 @@ def rendered(folder: Path) -> str:
 def _section(folder: Path, path: Path) -> str:
     pictures = sorted(path.parent.glob(f"{path.stem}-*.svg"))
     links = [f"![{picture.stem}]({picture.relative_to(folder)})" for picture in pictures]
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if gpu_table.is_gpu_record(stored):
+        return "\n".join([f"## {path.stem}", "", gpu_table.report(stored)])
     run = records.load(path)
     return "\n".join([f"## {path.stem}", "", *links, "", table.report(run, markdown=True)])
 
@@ -39,6 +45,8 @@ def main(arguments: list[str]) -> int:
         print("benchmarks/README.md is not what results/*.json say; run: make bench-table")
         return 1
     for path in sorted((HERE / "results").glob("*.json")):
+        if gpu_table.is_gpu_record(json.loads(path.read_text(encoding="utf-8"))):
+            continue  # its ratios are all in the table
         plots.draw(records.load(path), path.with_suffix(""))
     readme.write_text(rendered(HERE), encoding="utf-8")
     return 0

@@ -84,6 +84,26 @@ def test_a_wrong_result_is_not_timed(gpu: ModuleType, monkeypatch: pytest.Monkey
         gpu.measure(case, 1e12, 0.01, torch.empty(1))
 
 
+def test_the_table_of_a_record(gpu: ModuleType) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_table", SCRIPT.with_name("gpu_table.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    case, goals = gpu.CASES[0]
+    result = gpu.measure(case.shrunk(), 1e12, 0.01, torch.empty(1))
+    result["goals"] = gpu.judged(result, goals, {})
+    record = {"versions": {"gpu": "A GPU", "torch": "2"}, "copy": 1e12, "failed": ["x: broke"],
+              "cases": {case.name: result}}  # fmt: skip
+    assert table.is_gpu_record(record)
+    assert not table.is_gpu_record({"versions": {"torch": "2"}})
+    text = table.report(record)
+    assert f"| `{case.name}` |" in text
+    assert "not measured: x: broke" in text
+    met, judged = table.verdicts(record)
+    assert 0 <= met <= judged == len(goals) - 2  # compiled peers are not there in small
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_claimed(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
