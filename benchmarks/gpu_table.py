@@ -20,8 +20,8 @@ def report(record: dict[str, Any]) -> str:
         f"{versions}; a large copy moves {record['copy'] / 1e12:.2f} TB/s.",
         "",
         "Medians of interleaved rounds, microseconds: a step as it is called (eager), replayed as "
-        "a CUDA graph, the time of its kernels, and the floor: the least bytes over the bandwidth of "
-        "that copy. Peers: their eager time over ours.",
+        "a CUDA graph, the time of its kernels, and the floor: the least bytes over the bandwidth "
+        "of that copy. Peers: their eager time over ours.",
         "",
         "| case | eager | graph | kernels (launches) | floor | peers |",
         "| --- | --- | --- | --- | --- | --- |",

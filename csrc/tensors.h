@@ -12,11 +12,13 @@
 
 #include "kernels.h"
 
-// Without what torch itself says of the error before 2.13.
+// Before 2.13 torch's headers can only say which call failed (torch itself logs why), and say it by
+// a stream: beside a CUDA build of torch 2.11, writing a number to one crashed in this library.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
 #define PYCDGKD_CHECK_TORCH STABLE_TORCH_ERROR_CODE_CHECK
 #else
-#define PYCDGKD_CHECK_TORCH TORCH_ERROR_CODE_CHECK
+#define PYCDGKD_CHECK_TORCH(call) \
+  if ((call) != TORCH_SUCCESS) throw std::runtime_error("pycdgkd: torch could not do: " #call)
 #endif
 
 namespace pycdgkd {
@@ -40,7 +42,7 @@ inline std::string name_of(ScalarType type) {
 }
 
 inline std::string describe(const Tensor& tensor) {
-  // No stream: beside a CUDA build of torch 2.11, writing a number to one crashed in this library.
+  // No stream, see above.
   std::string text = name_of(tensor.scalar_type()) + " of shape (";
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));

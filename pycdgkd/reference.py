@@ -21,7 +21,7 @@ def class_prototypes(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 1: (K, D) means of the features of each class, and (K,) counts; zero row if absent."""
     valid = labels != ignore_index
-    one_hot = torch.zeros(len(labels), num_classes, dtype=features.dtype)
+    one_hot = features.new_zeros(len(labels), num_classes)
     one_hot[valid, labels[valid].long()] = 1.0  # (N, K)
     counts = one_hot.sum(0)
     return one_hot.T @ features / counts.clamp(min=1.0)[:, None], counts.long()

@@ -39,7 +39,9 @@ class Inputs:
     @property
     def weight_tensor(self) -> Tensor | None:
         """The sources' weights, or None where all take part."""
-        return torch.tensor(self.weights) if self.case.inactive else None
+        if not self.case.inactive:
+            return None
+        return torch.tensor(self.weights, device=self.logits.device)
 
     @property
     def temperature_power(self) -> int:

@@ -103,7 +103,7 @@ def _kl_forms(i: Inputs) -> dict[str, Form]:
     wide = [t.float() for t in i.sources]
     forms = {
         "D1": form(peers.d1, sources, weights),
-        "D3": form(peers.d3, torch.stack(wide), torch.tensor(i.weights)),
+        "D3": form(peers.d3, torch.stack(wide), torch.tensor(i.weights, device=i.logits.device)),
         "D4": form(peers.d4, sources, weights),
     }
     if fwd:
@@ -161,7 +161,7 @@ def _call(form: Form) -> Call:
 def _gemm(i: Inputs) -> Contestant:
     """The matrix products that no implementation for many classes can do without."""
     z, c = i.features[0].detach(), i.prototypes[0]
-    logits, grad = torch.empty(len(z), len(c)), torch.empty_like(z)
+    logits, grad = z.new_empty(len(z), len(c)), torch.empty_like(z)
     return Contestant(
         "gemm",
         lambda: torch.mm(z, c.T, out=logits),

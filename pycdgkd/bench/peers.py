@@ -26,7 +26,7 @@ def _python_lambda(losses: list[Tensor], rates: list[Tensor]) -> Tensor:
     """Eq. 6 with host synchronisation, as papers' code does it."""
     values = [float(rate) for rate in rates]
     top = max(values)
-    total = torch.zeros(())
+    total = losses[0].new_zeros(())
     for loss, rate in zip(losses, values, strict=True):
         if rate < top:
             total = total + min((top - rate) / rate, 1.0) * loss
@@ -73,7 +73,7 @@ def _expert(
 ) -> Tensor:
     """Eqs. 1-6 with the fewest and fastest operations: F.linear is half an addmm with alpha=2."""
     M, (N, K) = len(features), logits.shape
-    one_hot = (labels == torch.arange(K)[:, None]).to(logits.dtype)
+    one_hot = (labels == torch.arange(K, device=labels.device)[:, None]).to(logits.dtype)
     averaging = one_hot / one_hot.sum(1, keepdim=True).clamp_(min=1)  # (K, N)
     parts = []
     for z in features:
@@ -157,7 +157,7 @@ def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 def d1(logits: Tensor, sources: Sequence[Tensor], weights: Sequence[float], fwd: bool) -> Tensor:
     """One kl_div a source."""
     log_p = (logits / TEMPERATURE).log_softmax(1)
-    kl = torch.zeros(())
+    kl = logits.new_zeros(())
     for weight, source in zip(weights, sources, strict=True):
         log_q = (source / TEMPERATURE).log_softmax(1)
         kl = kl + weight * (_kl(log_p, log_q) if fwd else _kl(log_q, log_p))
@@ -166,7 +166,7 @@ def d1(logits: Tensor, sources: Sequence[Tensor], weights: Sequence[float], fwd:
 
 def d2(logits: Tensor, sources: Sequence[Tensor], weights: Sequence[float], fwd: bool) -> Tensor:
     """One kl_div a source, the student's softmax formed again each time."""
-    kl = torch.zeros(())
+    kl = logits.new_zeros(())
     for weight, source in zip(weights, sources, strict=True):
         log_p, log_q = (logits / TEMPERATURE).log_softmax(1), (source / TEMPERATURE).log_softmax(1)
         kl = kl + weight * (_kl(log_p, log_q) if fwd else _kl(log_q, log_p))
@@ -187,13 +187,13 @@ def d4(logits: Tensor, sources: Sequence[Tensor], weights: Sequence[float], fwd:
     log_p = student.log_softmax(1)
     if fwd:
         log_qs = [(source / TEMPERATURE).log_softmax(1) for source in sources]
-        mean, entropy = torch.zeros_like(logits), torch.zeros(())
+        mean, entropy = torch.zeros_like(logits), logits.new_zeros(())
         for weight, log_q in zip(weights, log_qs, strict=True):
             q = log_q.exp()
             entropy = entropy + weight * torch.dot(q.flatten(), log_q.flatten())
             mean = torch.add(mean, q, alpha=weight)
         return (entropy - (mean * log_p).sum()) / len(logits)
-    mean, lse = torch.zeros_like(logits), torch.zeros(())
+    mean, lse = torch.zeros_like(logits), logits.new_zeros(())
     for weight, source in zip(weights, sources, strict=True):
         mean = torch.add(mean, source, alpha=weight / TEMPERATURE)
         lse = lse + weight * (source / TEMPERATURE).logsumexp(1).sum()

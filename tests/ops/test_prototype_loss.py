@@ -44,7 +44,7 @@ def compare(
     assert_value(true_prob, expected_prob, dtype, tolerance)
     assert not true_prob.requires_grad
     if grad_output is None:
-        grad_output = torch.randn(expected.shape, dtype=loss.dtype)
+        grad_output = torch.randn(expected.shape, dtype=loss.dtype, device="cpu").to(loss.device)
     expected.backward(grad_output.double())
     loss.backward(grad_output)
     for ours, theirs in zip(fused, exact, strict=True):
