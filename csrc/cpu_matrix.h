@@ -57,8 +57,7 @@ inline Tensor array_view(void* data, int64_t rows, int64_t columns, bool wide, i
 inline void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  PYCDGKD_CHECK_TORCH(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  PYCDGKD_CHECK_TORCH(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   // The result is `out` again, in a reference of its own.
   torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(A) == 4 ? 4 : 2)
 // ---- a lane a class ----
 
 template <class A, int G>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     short_rows_kernel(const __grid_constant__ DistillationArguments d) {
   __shared__ A weights[kMostSources];
   for (int j = static_cast<int>(threadIdx.x); j < d.S; j += kThreads) {

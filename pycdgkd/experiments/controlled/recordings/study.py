@@ -109,7 +109,7 @@ def record_study(condition: RecordedCondition, seed: int, folder: Path) -> Recor
 
 
 def read_truth(path: Path) -> dict[tuple[int, int], int]:
-    """Class of each (subject, trial) by its latent valence: 1 above 0."""
+    """Class of each (subject, trial) by its latent value: 1 above 0."""
     with path.open(newline="", encoding="utf-8") as file:
         return {
             (int(row["subject"]), int(row["trial"])): int(float(row[f"latent_{LABEL}"]) > 0)
