@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32)
 
 // The rows less the mean and their bias, a warp a row or, of few rows, a block.
 template <class A, bool block>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     centred_rows_kernel(const __grid_constant__ Centre c, bool vectors) {
   constexpr int V = kVector<A>;
   const Centred<A> out(c.centred, c.D, c.K);
