@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -44,17 +44,19 @@ def worker_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of spawned processes for the ``with`` block.
 
-    set_up: called with ``arguments`` in each process before its first job. A block that ends in
-    an error, Ctrl-C among them, ends the processes where they are, and so does the death of this
-    process, by whatever signal: work in them must be such that it can be cut off at any moment.
+    set_up: a function of a module, called with ``arguments`` in each process before its first job.
+    A block that ends in an error, Ctrl-C among them, ends the processes where they are, and so does
+    the death of this process, by whatever signal: work in them must be such that it can be cut off
+    at any moment.
 
     Each worker listens at a pipe that nothing is ever sent through and whose other end is here
     alone: it closes with the block, or by the kernel's hand with this process.
     """
     context = _Context()
     listening, held = context.Pipe(duplex=False)
-    # As bytes: a worker must listen before it imports what may take seconds.
-    first = (listening, pickle.dumps(set_up), arguments)
+    # By its name: a worker must listen before it imports what may take seconds.
+    name = None if set_up is None else (set_up.__module__, set_up.__name__)
+    first = (listening, name, arguments)
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=first)
     try:
         yield pool
@@ -69,12 +71,14 @@ def worker_pool(
         listening.close()
 
 
-def _begin(listening: Connection, pickled: bytes, arguments: tuple[Any, ...]) -> None:
+def _begin(
+    listening: Connection, set_up: tuple[str, str] | None, arguments: tuple[Any, ...]
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(listening,), daemon=True).start()
-    set_up = pickle.loads(pickled)
     if set_up is not None:
-        set_up(*arguments)
+        module, name = set_up
+        getattr(importlib.import_module(module), name)(*arguments)
 
 
 def _end_with(listening: Connection) -> None:
