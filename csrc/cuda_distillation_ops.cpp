@@ -155,6 +155,9 @@ Tensor distillation_loss_backward(const Tensor& grad_loss, const Tensor& unit_gr
 void scale_unit_grad(Tensor unit_grad, const Tensor& grad_loss) {
   constexpr const char* op = "scale_unit_grad_";
   Arguments args(op);
+  if (args.matrix("unit_grad", unit_grad, -1, -1).dtype == Dtype::float16) {
+    fail(op, "unit_grad", "float32, float64 or bfloat16", describe(unit_grad));
+  }
   const int64_t N = unit_grad.size(0), K = unit_grad.size(1);
   const OnDevice device(args, "unit_grad", unit_grad);
   args.saved("unit_grad", unit_grad, {N, K}, unit_grad.scalar_type());

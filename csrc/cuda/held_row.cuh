@@ -1,0 +1,201 @@
+// A cluster's row in shared memory, and the blocks' first meeting: for the maxima.
+#pragma once
+
+#include "cluster_shared.cuh"
+
+namespace pycdgkd {
+namespace cuda {
+
+// S: slots for active sources. R: vectors of a row that each thread holds.
+template <class T, int S, int R, bool reverse>
+class HeldRow {
+ public:
+  static constexpr int V = kVector<T>;
+  static_assert(R * V <= 32, "tell_anchors: a lane an element");
+  using Common = Shared<S, reverse>;
+
+  __device__ __forceinline__ HeldRow(const DistillationArguments& d, Common& shared)
+      : d_(d),
+        shared_(shared),
+        rank_(cluster_rank()),
+        size_(cluster_size()),
+        vectors_(static_cast<int>(d.K / V)),
+        begin_(static_cast<int>(rank_ * blockDim.x) * R),
+        temperature_(static_cast<float>(d.temperature)) {
+    if (threadIdx.x == 0) {
+      int count = 0;
+      for (int j = 0; j < d.S; ++j) {
+        const float weight = source_weight<float>(d, j);
+        if (weight == 0.0f) continue;
+        shared.weights[count] = weight;
+        shared.factors[count] = weight / temperature_;
+        shared.active[count++] = j;
+      }
+      shared.count = count;
+    }
+    __syncthreads();
+    count_ = shared.count;
+    meet(true);  // before one writes to another, which must have begun
+  }
+
+  // A row without a label: no loss, gradient 0.
+  __device__ __forceinline__ void ignore(int64_t i) const {
+    if (rank_ == 0 && threadIdx.x == 0 && d_.row_kl != nullptr) {
+      static_cast<float*>(d_.row_kl)[i] = 0.0f;
+    }
+    if (d_.grad == nullptr) return;
+    const float zeros[V] = {};
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (vector(r) < vectors_) store_gradient(d_, i * d_.K + vector(r) * V, zeros);
+    }
+  }
+
+ protected:
+  __device__ __forceinline__ int vector(int r) const {
+    return begin_ + r * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  }
+  __device__ __forceinline__ const uint4* student(int64_t i) const {
+    return reinterpret_cast<const uint4*>(static_cast<const T*>(d_.logits.data) +
+                                          i * d_.logits.row_stride);
+  }
+  __device__ __forceinline__ const uint4* source(int slot, int64_t i) const {
+    const Source& s = d_.sources[shared_.active[slot]];
+    return reinterpret_cast<const uint4*>(static_cast<const T*>(s.data) + i * s.row_stride);
+  }
+
+  // Vector r of this thread's, of the student (0) or an active source.
+  __device__ __forceinline__ uint4* place(int row, int r) const {
+    const auto at = static_cast<unsigned>(row * R + r) * blockDim.x + threadIdx.x;
+    return reinterpret_cast<uint4*>(dynamic_shared() + sizeof(Common)) + at;
+  }
+
+  // Each thread reads what it has copied itself: no barrier is needed.
+  __device__ __forceinline__ void load() const {
+    for (int row = 0; row <= count_; ++row) {
+      const uint4* from = row == 0 ? student(i_) : source(row - 1, i_);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (vector(r) < vectors_) copy_async(place(row, r), from + vector(r));
+      }
+    }
+    await_copies();
+  }
+
+  // This block's part of another row, a thread for each of its rows.
+  __device__ __forceinline__ void ask_for(int64_t i) const {
+    const int left = vectors_ - begin_, most = static_cast<int>(blockDim.x) * R;
+    const int j = static_cast<int>(threadIdx.x) - 1;
+    if (j >= count_ || left <= 0) return;
+    const auto bytes =
+        static_cast<unsigned>(left < most ? left : most) * static_cast<unsigned>(sizeof(uint4));
+    prefetch((j < 0 ? student(i) : source(j, i)) + begin_, bytes);
+  }
+
+  // told: whether this warp has written to other blocks since they met. Only then must it wait
+  // until all that it wrote, gradients too, has arrived.
+  __device__ __forceinline__ void meet(bool told) const {
+    if (size_ > 1) {
+      cluster_barrier(told);
+    } else {
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ void find_maxima() {
+    float mine[S + 1];
+#pragma unroll
+    for (int j = 0; j <= S; ++j) mine[j] = -infinity<float>();
+#pragma unroll
+    for (int j = 0; j <= S; ++j) {
+      for (int r = 0; r < R; ++r) {
+        if (j > count_ || vector(r) >= vectors_) break;
+        mine[j] = larger<T>(mine[j], place(j, r));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j <= S; ++j) {
+      const float most = warp_max(mine[j]);
+      if (lane_id() == 0) shared_.warp_maxima[j][warp_id()] = most;
+    }
+    __syncthreads();
+    bool told = warp_id() == 0;
+    const int warps = static_cast<int>(blockDim.x) / 32;
+#pragma unroll
+    for (int j = 0; j <= S; ++j) {
+      // Reverse: of the student all sources' anchors; forward: of each source the student's.
+      const bool anchors = (j == 0) == reverse && j <= count_;
+      if (!anchors && warp_id() != 0) continue;
+      const float most = lane_id() < warps ? shared_.warp_maxima[j][lane_id()] : -infinity<float>();
+      const float block = warp_max(most);
+      if (anchors && first_lane(lane_id() < warps && most == block) == warp_id()) {
+        tell_anchors(j, first_lane(mine[j] == block), block);
+        told = true;
+      }
+      if (threadIdx.x < size_) in_block(&shared_.first[rank_], threadIdx.x)->maximum[j] = block;
+    }
+    meet(told);
+    combine_maxima();
+  }
+
+  __device__ __forceinline__ void combine_maxima() {
+    const auto rank = static_cast<unsigned>(lane_id());
+    float anchors[S];
+#pragma unroll
+    for (int j = 0; j <= S; ++j) {
+      const float most = rank < size_ ? shared_.first[rank].maximum[j] : -infinity<float>();
+      maxima_[j] = warp_max(most);
+      if ((j == 0) != reverse) continue;
+      const First<S>& from = shared_.first[first_lane(rank < size_ && most == maxima_[j])];
+      if (j > 0) anchors[j - 1] = from.anchor[j - 1];
+#pragma unroll
+      for (int other = 0; j == 0 && other < S; ++other) anchors[other] = from.anchor[other];
+    }
+    constant_ = 0.0f;
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      offsets_[j] = 0.0f;
+      if (j >= count_) continue;
+      const float difference = reverse ? maxima_[0] - anchors[j] : anchors[j] - maxima_[1 + j];
+      offsets_[j] = difference - difference == 0.0f ? difference : 0.0f;
+      constant_ -= shared_.factors[j] * offsets_[j];
+      if (threadIdx.x == 0) shared_.anchors[j] = anchors[j];
+    }
+    if (threadIdx.x != 0) return;
+#pragma unroll
+    for (int j = 0; j <= S; ++j) shared_.maxima[j] = maxima_[j];
+  }
+
+  __device__ __forceinline__ int first_lane(bool holds) const {
+    return __ffs(static_cast<int>(__ballot_sync(kAllLanes, holds))) - 1;
+  }
+
+  // By the warp that has the block's largest value of row j: lane n looks at element n of those
+  // that lane `owner` holds.
+  __device__ __forceinline__ void tell_anchors(int j, int owner, float most) const {
+    const int back = owner - lane_id(), n = lane_id();
+    const auto element = [&](int row, int at) {
+      return to_arithmetic(reinterpret_cast<const T*>(place(row, at / V) + back)[at % V]);
+    };
+    const bool held = n < R * V && vector(n / V) + back < vectors_;
+    const int at = first_lane(held && element(j, n) == most);
+    const int slot = reverse ? n : j - 1;
+    if (at < 0 || n >= (reverse ? count_ : 1)) return;
+    const float anchor = element(reverse ? 1 + n : 0, at);
+    for (unsigned q = 0; q < size_; ++q) {
+      in_block(&shared_.first[rank_], q)->anchor[slot] = anchor;
+    }
+  }
+
+  const DistillationArguments& d_;
+  Common& shared_;
+  const unsigned rank_, size_;
+  const int vectors_, begin_;
+  const float temperature_;
+  int count_, y_;
+  int64_t i_;
+  float maxima_[S + 1], offsets_[S], constant_;
+};
+
+}  // namespace cuda
+}  // namespace pycdgkd
