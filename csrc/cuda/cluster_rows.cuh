@@ -9,29 +9,32 @@ namespace cuda {
 template <class T, int S, int R, bool reverse>
 class ClusterRows : public HeldRow<T, S, R, reverse> {
   using Held = HeldRow<T, S, R, reverse>;
-  using Held::ask_for, Held::find_maxima, Held::load, Held::meet, Held::place, Held::source;
-  using Held::begin_, Held::constant_, Held::count_, Held::d_, Held::i_, Held::maxima_;
-  using Held::offsets_, Held::rank_, Held::shared_, Held::size_, Held::temperature_;
-  using Held::student, Held::V, Held::vector;
-  using Held::vectors_, Held::y_;
+  using Held::anchors_, Held::announce, Held::begin_, Held::count_, Held::d_;
+  using Held::find_maxima, Held::held_, Held::i_, Held::maxima_, Held::meet, Held::place, Held::rank_;
+  using Held::shared_, Held::size_, Held::source, Held::student, Held::temperature_, Held::V;
+  using Held::vector, Held::vectors_, Held::y_;
   static constexpr int W = kPart, parts = V / W, Q = kSums<S, reverse>;
   static constexpr bool exact = sizeof(T) == 4;
 
  public:
+  using Held::ask_for;
   __device__ __forceinline__ ClusterRows(const DistillationArguments& d, Shared<S, reverse>& shared)
-      : Held(d, shared), scale_(scale_of(d.temperature)) {}
+      : Held(d, shared), scale_(scale_of(d.temperature)) {
+#pragma unroll
+    for (int j = 0; j < S; ++j) factors_[j] = j < count_ ? shared.factors[j] : 0.0f;
+  }
 
-  // Everything of row i; its loss is added to the cluster's sums, next is asked for.
-  __device__ __forceinline__ void work(int64_t i, int64_t next, int y,
+  // Everything of row i, which was asked for; its loss is added to the cluster's sums, and `next`
+  // is asked for.
+  __device__ __forceinline__ void work(int64_t i, int y, int64_t next,
                                        const Factors<float>& factors) {
     i_ = i;
     y_ = y;
     const float true_logit = student_element<float>(d_, i, y);
-    load();
+    await_copies();
     find_maxima();
-    count_ == S ? add_up<true>() : add_up<false>();
-    // Not sooner: the rows of all clusters, twice, are more than the cache keeps.
-    if (next < d_.N) ask_for(next);
+    add_up();
+    announce(next);  // not sooner: the rows of all clusters, twice, are more than the cache keeps
     if (warp_id() == 0) settle();
     __syncthreads();
     const float true_exp =
@@ -41,8 +44,9 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     if (shared_.careful) {
       divergence = once_more(factors, residual);
     } else if (d_.grad != nullptr) {
-      count_ == S ? write<true>(factors, residual) : write<false>(factors, residual);
+      write(factors, residual);
     }
+    ask_for(next);
     if (rank_ != 0 || threadIdx.x != 0) return;
     if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i] = divergence;
     if (d_.labels.data != nullptr) {
@@ -69,41 +73,37 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
                       : exponential<exact>(x, Scale{1.44269504f, 1.925963033e-8f}));
   }
 
-  // ---- the second meeting ----
-
-  template <bool exactly>
-  __device__ __forceinline__ void exponentials(const float (&x)[W], float maximum,
-                                               float (&e)[W]) const {
+  // e^(s - max) of the student's classes, x = s - max and e = e^(x / T); of the true class, which is
+  // none of them where `usual`, `own`.
+  template <bool usual>
+  __device__ __forceinline__ void shares(int first, const float (&x)[W], const float (&e)[W],
+                                         float own, float (&share)[W]) const {
+    if (temperature_ == 2.0f) {  // asked once, not of every class
 #pragma unroll
-    for (int v = 0; v < W; ++v) e[v] = exponential<exactly>(x[v] - maximum, scale_);
-  }
-
-  // Reverse: sum_j w_j (s - t_j - offset_j) / T, exactly 0 where all sources have their anchors.
-  template <bool all>
-  __device__ __forceinline__ void slopes(int r, int h, const float (&s)[W],
-                                         float (&slope)[W]) const {
+      for (int v = 0; v < W; ++v) share[v] = e[v] * e[v];
+    } else {
 #pragma unroll
-    for (int v = 0; v < W; ++v) slope[v] = constant_;
+      for (int v = 0; v < W; ++v) share[v] = plain(x[v], e[v]);
+    }
+    if constexpr (!usual) {
 #pragma unroll
-    for (int j = 0; j < S; ++j) {
-      if (!all && j >= count_) continue;
-      const float factor = shared_.factors[j];
-      float t[W];
-      unpack_part<T>(place(1 + j, r), h, t);
-#pragma unroll
-      for (int v = 0; v < W; ++v) slope[v] += factor * (s[v] - t[v]);
+      for (int v = 0; v < W; ++v) share[v] = first + v == y_ ? own : share[v];
     }
   }
 
-  // all: every slot has a source, as it mostly is; then nothing is asked class by class.
-  template <bool all>
+  // Whether, as it mostly is, every slot has a source and the true class is none of vector r: then
+  // nothing is asked class by class.
+  __device__ __forceinline__ bool is_usual(int r) const {
+    const int at = y_ - vector(r) * V;
+    return count_ == S && (at < 0 || at >= V);
+  }
+
+  // ---- the second meeting ----
+
   __device__ __forceinline__ void add_up() {
     float sums[Q] = {};
 #pragma unroll 1
-    for (int r = 0; r < R && vector(r) < vectors_; ++r) {
-#pragma unroll
-      for (int h = 0; h < parts; ++h) add_part<all>(r, h, sums);
-    }
+    for (int r = 0; r < held_; ++r) is_usual(r) ? add<true>(r, sums) : add<false>(r, sums);
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
       const float total = warp_sum(sums[q]);
@@ -112,6 +112,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < Q) {
       double total = 0.0;
+#pragma unroll 8
       for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
         total += static_cast<double>(shared_.warp_sums[w][threadIdx.x]);
       }
@@ -122,57 +123,81 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     meet(warp_id() == 0);
   }
 
-  template <bool all>
-  __device__ __forceinline__ void add_part(int r, int h, float (&sums)[Q]) const {
-    float s[W], e[W], x[W];
-    unpack_part<T>(place(0, r), h, s);
-    exponentials<exact>(s, maxima_[0], e);
-    shares(r, h, s, e, 0.0f, x);
+  // Of the classes of vector r.
+  template <bool usual>
+  __device__ __forceinline__ void add(int r, float (&sums)[Q]) const {
+    uint4 raw[S + 1];
 #pragma unroll
-    for (int v = 0; v < W; ++v) {
-      sums[0] += e[v];
-      sums[1] += x[v];
-    }
-    float slope[W];
+    for (int j = 0; j <= S; ++j) raw[j] = usual || j <= count_ ? *place(j, r) : uint4{};
 #pragma unroll
-    for (int v = 0; v < W; ++v) slope[v] = constant_;
-#pragma unroll
-    for (int j = 0; j < S; ++j) {
-      if (!all && j >= count_) continue;
-      const float factor = shared_.factors[j];
-      float q[W];
-      unpack_part<T>(place(1 + j, r), h, x);
-      exponentials<false>(x, maxima_[1 + j], q);
+    for (int h = 0; h < parts; ++h) {
+      float s[W], x[W], e[W], share[W];
+      unpack_part<T>(raw[0], h, s);
 #pragma unroll
       for (int v = 0; v < W; ++v) {
-        sums[2 + j] += q[v];
-        if (reverse) {
-          slope[v] += factor * (s[v] - x[v]);
-        } else {
-          sums[2 + S + j] += q[v] * (s[v] - x[v] - offsets_[j]);
-        }
+        x[v] = s[v] - maxima_[0];
+        e[v] = exponential<exact>(x[v], scale_);
       }
-    }
-    if (reverse) {
+      shares<usual>(vector(r) * V + h * W, x, e, 0.0f, share);
 #pragma unroll
-      for (int v = 0; v < W; ++v) sums[2 + S] += e[v] * slope[v];
+      for (int v = 0; v < W; ++v) {
+        sums[0] += e[v];
+        sums[1] += share[v];
+      }
+      if constexpr (reverse) {
+        add_slopes<usual>(raw, r, h, x, e, sums);
+      } else {
+        add_gaps<usual>(raw, h, s, sums);
+      }
     }
   }
 
-  // e^(s - max), of the true class `own`.
-  __device__ __forceinline__ void shares(int r, int h, const float (&s)[W], const float (&e)[W],
-                                         float own, float (&share)[W]) const {
-    const int first = vector(r) * V + h * W;
-    if (temperature_ == 2.0f) {  // asked once, not of every class
+  // Reverse: the slopes sum_j w_j ((s - max) - (t_j - anchor_j)) / T, exactly 0 where all sources
+  // have their anchors. With s - max they take the places of the logits.
+  template <bool usual>
+  __device__ __forceinline__ void add_slopes(const uint4 (&raw)[S + 1], int r, int h,
+                                             const float (&x)[W], const float (&e)[W],
+                                             float (&sums)[Q]) const {
+    float total = 0.0f, slope[W];
 #pragma unroll
-      for (int v = 0; v < W; ++v) share[v] = e[v] * e[v];
-    } else {
+    for (int j = 0; j < S; ++j) total += factors_[j];
 #pragma unroll
-      for (int v = 0; v < W; ++v) share[v] = plain(s[v] - maxima_[0], e[v]);
+    for (int v = 0; v < W; ++v) slope[v] = usual || count_ > 0 ? total * x[v] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      if (!usual && j >= count_) continue;
+      const float begin = (anchors_[j] - maxima_[1 + j]) * scale_.hi;
+      float t[W];
+      unpack_part<T>(raw[1 + j], h, t);
+#pragma unroll
+      for (int v = 0; v < W; ++v) {
+        const float a = t[v] - anchors_[j];
+        sums[2 + j] += exp2_approximate(fmaf(a, scale_.hi, begin));
+        slope[v] -= factors_[j] * a;
+      }
     }
-    if (y_ < first || y_ >= first + W) return;
 #pragma unroll
-    for (int v = 0; v < W; ++v) share[v] = first + v == y_ ? own : share[v];
+    for (int v = 0; v < W; ++v) sums[2 + S] += e[v] * slope[v];
+    store_array(reinterpret_cast<float*>(place(2 * h, r)), x);
+    store_array(reinterpret_cast<float*>(place(2 * h + 1, r)), slope);
+  }
+
+  // Forward: of each source the sum of q_j ((s - anchor_j) - (t_j - max_j)).
+  template <bool usual>
+  __device__ __forceinline__ void add_gaps(const uint4 (&raw)[S + 1], int h, const float (&s)[W],
+                                           float (&sums)[Q]) const {
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      if (!usual && j >= count_) continue;
+      float t[W];
+      unpack_part<T>(raw[1 + j], h, t);
+#pragma unroll
+      for (int v = 0; v < W; ++v) {
+        const float a = t[v] - maxima_[1 + j], q = exponential<false>(a, scale_);
+        sums[2 + j] += q;
+        sums[2 + S + j] += q * ((s[v] - anchors_[j]) - a);
+      }
+    }
   }
 
   // By the first warp: ratios, mean slope and divergence from the sums alone, or the word that
@@ -181,6 +206,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     const int lane = lane_id();
     if (lane < Q) {
       double total = 0.0;
+#pragma unroll 8
       for (unsigned rank = 0; rank < size_; ++rank) total += shared_.second[rank][lane];
       shared_.sums[lane] = static_cast<float>(total);
     }
@@ -208,58 +234,69 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     shared_.divergence = divergence;
   }
 
-  template <bool all>
+  // Reverse, the gradient is e (kl slope - mean) + ce e^(s - max), in the true class ce times -others
+  // for the latter; forward, e kl - sum_j weights_j q_j for the former.
+  struct Gradient {
+    float kl, mean, factor, ce, others;
+  };
+
   __device__ __forceinline__ void write(const Factors<float>& factors,
                                         const Residual& residual) const {
-    const float kl_factor = count_ > 0 ? factors.kl / shared_.sums[0] : 0.0f;
-    const float mean = shared_.mean, ce_factor = factors.ce * residual.factor;
-    float total_weight = 0.0f;
-    if (!reverse) {
-#pragma unroll
-      for (int j = 0; j < S; ++j) total_weight += j < count_ ? shared_.weights[j] : 0.0f;
+    Gradient g;
+    g.kl = count_ > 0 ? factors.kl / shared_.sums[0] : 0.0f;
+    g.mean = g.kl * shared_.mean;
+    g.factor = factors.kl;
+    g.ce = d_.labels.data == nullptr ? 0.0f : factors.ce * residual.factor;
+    g.others = residual.others;
+    if constexpr (!reverse) {
+      float total = 0.0f;
+      for (int j = 0; j < count_; ++j) total += shared_.weights[j];
+      g.kl *= total;
     }
 #pragma unroll 1
-    for (int r = 0; r < R && vector(r) < vectors_; ++r) {
-      float values[V];
-#pragma unroll
-      for (int h = 0; h < parts; ++h) {
-        float s[W], e[W], part[W];
-        unpack_part<T>(place(0, r), h, s);
-        exponentials<exact>(s, maxima_[0], e);
-        if (reverse) {
-          slopes<all>(r, h, s, part);
-#pragma unroll
-          for (int v = 0; v < W; ++v) part[v] = kl_factor * e[v] * (part[v] - mean);
-        } else {
-          differences<all>(r, h, e, kl_factor * total_weight, factors.kl, part);
-        }
-        if (d_.labels.data != nullptr) {
-          shares(r, h, s, e, -residual.others, s);
-#pragma unroll
-          for (int v = 0; v < W; ++v) part[v] += ce_factor * s[v];
-        }
-#pragma unroll
-        for (int v = 0; v < W; ++v) values[h * W + v] = part[v];
-      }
-      store_gradient(d_, i_ * d_.K + static_cast<int64_t>(vector(r)) * V, values);
-    }
+    for (int r = 0; r < held_; ++r) is_usual(r) ? write<true>(r, g) : write<false>(r, g);
   }
 
-  // Forward: factor e less the sources' share, sum_j w_j q_j.
-  template <bool all>
-  __device__ __forceinline__ void differences(int r, int h, const float (&e)[W], float factor,
-                                              float kl_factor, float (&difference)[W]) const {
+  template <bool usual>
+  __device__ __forceinline__ void write(int r, const Gradient& g) const {
+    float values[V];
 #pragma unroll
-    for (int v = 0; v < W; ++v) difference[v] = factor * e[v];
+    for (int h = 0; h < parts; ++h) {
+      float x[W], e[W], part[W], share[W];
+      if constexpr (reverse) {
+        load_array(reinterpret_cast<const float*>(place(2 * h, r)), x);
+        load_array(reinterpret_cast<const float*>(place(2 * h + 1, r)), part);
+      } else {
+        unpack_part<T>(*place(0, r), h, x);
+      }
+#pragma unroll
+      for (int v = 0; v < W; ++v) {
+        if (!reverse) x[v] -= maxima_[0];
+        e[v] = exponential<exact>(x[v], scale_);
+        part[v] = e[v] * (reverse ? fmaf(g.kl, part[v], -g.mean) : g.kl);
+      }
+      if constexpr (!reverse) take_sources<usual>(r, h, g.factor, part);
+      shares<usual>(vector(r) * V + h * W, x, e, -g.others, share);
+#pragma unroll
+      for (int v = 0; v < W; ++v) values[h * W + v] = part[v] + g.ce * share[v];
+    }
+    store_gradient(d_, i_ * d_.K + static_cast<int64_t>(vector(r)) * V, values);
+  }
+
+  // Forward: less the sources' share, sum_j w_j q_j.
+  template <bool usual>
+  __device__ __forceinline__ void take_sources(int r, int h, float kl,
+                                               float (&difference)[W]) const {
 #pragma unroll
     for (int j = 0; j < S; ++j) {
-      if (!all && j >= count_) continue;
-      const float weight = kl_factor * shared_.ratios[j].weight * shared_.ratios[j].inverse;
-      float t[W], q[W];
-      unpack_part<T>(place(1 + j, r), h, t);
-      exponentials<false>(t, maxima_[1 + j], q);
+      if (!usual && j >= count_) continue;
+      const float weight = kl * shared_.ratios[j].weight * shared_.ratios[j].inverse;
+      float t[W];
+      unpack_part<T>(*place(1 + j, r), h, t);
 #pragma unroll
-      for (int v = 0; v < W; ++v) difference[v] -= weight * q[v];
+      for (int v = 0; v < W; ++v) {
+        difference[v] -= weight * exponential<false>(t[v] - maxima_[1 + j], scale_);
+      }
     }
   }
 
@@ -325,6 +362,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
   }
 
   const Scale scale_;
+  float factors_[S];
 };
 
 }  // namespace cuda

@@ -67,8 +67,10 @@ inline constexpr int kPart = 4;
 
 // Elements kPart * part and on of a vector.
 template <class T>
-__device__ __forceinline__ void unpack_part(const uint4* raw, int part, float (&to)[kPart]) {
-  unpack<T, kPart>(reinterpret_cast<const Packed<T, kPart>*>(raw)[part], to);
+__device__ __forceinline__ void unpack_part(const uint4& raw, int part, float (&to)[kPart]) {
+  Packed<T, kPart> packed;
+  memcpy(&packed, reinterpret_cast<const char*>(&raw) + part * sizeof(packed), sizeof(packed));
+  unpack<T, kPart>(packed, to);
 }
 
 // The larger of each of the two 16-bit elements that words hold; NaN counts for nothing.
@@ -98,8 +100,7 @@ __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
 
 // The largest of a vector and `most`.
 template <class T>
-__device__ __forceinline__ float larger(float most, const uint4* raw) {
-  const uint4 from = *raw;
+__device__ __forceinline__ float larger(float most, const uint4& from) {
   if constexpr (sizeof(T) == 2) {
     const uint32_t pair =
         larger_pair<T>(larger_pair<T>(from.x, from.y), larger_pair<T>(from.z, from.w));

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kShortRows = 32;
 
 struct CountArguments {
-  int64_t N, K;
+  int64_t N;
   Labels labels;
   unsigned* counted;
 };
@@ -18,12 +18,8 @@ struct CountArguments {
 __global__ void __launch_bounds__(256)
     count_labels_kernel(const __grid_constant__ CountArguments c) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  unsigned rows = 0;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < c.N;
-       i += step) {
-    rows += class_of(c.labels, i, c.K) >= 0 ? 1u : 0u;
-  }
-  rows = block_sum(rows);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const unsigned rows = block_sum(count_labelled(c.labels, c.N, first, step));
   if (threadIdx.x == 0) c.counted[blockIdx.x] = rows;
 }
 
@@ -112,7 +108,7 @@ void distillation(const Distillation& d, Stream stream) {
   }
   if (d.labels.data != nullptr && d.N > kCountedByEach) {
     launch<count_labels_kernel>(kCountBlocks, 256, 0, stream,
-                                CountArguments{d.N, d.K, d.labels, counted});
+                                CountArguments{d.N, d.labels, counted});
     a.counted = counted;
   }
   const unsigned blocks = blocks_of(d.N, d.K);

@@ -9,7 +9,7 @@ namespace cuda {
 
 inline constexpr int kCountBlocks = 64;
 inline constexpr int kRowThreads = 128;          // of a block whose threads have a row each
-inline constexpr int64_t kCountedByEach = 8192;  // rows that every block counts for itself
+inline constexpr int64_t kCountedByEach = 1024;  // rows that every block counts for itself
 
 struct Source {
   const void* data;
@@ -120,15 +120,11 @@ __device__ __forceinline__ A centred_slope(bool reverse, A p, A slope, A mean) {
 __device__ __forceinline__ double rows_of_all(const DistillationArguments& d) {
   if (d.labels.data == nullptr) return static_cast<double>(d.N);
   if (d.counted != nullptr) {
-    double rows = 0.0;
-    for (int b = 0; b < kCountBlocks; ++b) rows += static_cast<double>(d.counted[b]);
-    return rows;
+    static_assert(kCountBlocks == 64, "two a lane");
+    return static_cast<double>(warp_sum(d.counted[lane_id()] + d.counted[32 + lane_id()]));
   }
-  double rows = 0.0;
-  for (int64_t i = threadIdx.x; i < d.N; i += blockDim.x) {
-    rows += class_of(d.labels, i, d.K) >= 0 ? 1.0 : 0.0;
-  }
-  return block_sum(rows);
+  return static_cast<double>(
+      block_sum(count_labelled(d.labels, d.N, threadIdx.x, static_cast<int64_t>(blockDim.x))));
 }
 
 // What a row's cross-entropy and divergence are multiplied by in the gradient.
@@ -164,6 +160,7 @@ __device__ __forceinline__ void combine_blocks(const DistillationArguments& d, d
   }
   if (!is_last_block(d.counter, blocks)) return;
   ce = kl = 0.0;
+#pragma unroll 8
   for (unsigned b = threadIdx.x; b < blocks; b += blockDim.x) {
     ce += d.partials[2 * b];
     kl += d.partials[2 * b + 1];

@@ -1,10 +1,11 @@
 // Eq. 9 for longer rows whose 16-byte vectors are aligned: a cluster of blocks holds one row of the
 // student and of every active source in shared memory, so that each logit is read from memory once.
-// The row after it is asked for meanwhile.
+// The row after it is announced to the L2 cache meanwhile.
 //
 // The blocks meet twice a row: for the maxima, and for the sums of exponentials with the mean
 // slope, from which value and gradient follow. Where that would cancel (student and sources all but
 // equal) or logits are infinite, the row is worked once more with the formulas of add_source.
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -20,21 +21,28 @@ template <class T, int S, int R, bool reverse>
 __global__ void __launch_bounds__(S == 3 ? 768 : kWarps * 32, 1)
     cluster_rows_kernel(const __grid_constant__ DistillationArguments d) {
   auto& shared = *reinterpret_cast<Shared<S, reverse>*>(dynamic_shared());
-  const double rows = rows_of_all(d);
+  ClusterRows<T, S, R, reverse> rows(d, shared);
+  const unsigned clusters = gridDim.x / cluster_size();
+  // The row from i on that takes part.
+  const auto find = [&](int64_t i, int& y) {
+    for (; i < d.N && (y = class_of(d.labels, i, d.K)) < 0; i += clusters) rows.ignore(i);
+    return i;
+  };
+  int y = -1;
+  int64_t i = find(blockIdx.x / cluster_size(), y);
+  rows.ask_for(i);
+  const double count = rows_of_all(d);
   if (threadIdx.x == 0) {
     shared.ce = shared.kl = 0.0;
-    shared.rows = rows;
+    shared.rows = count;
   }
-  const Factors<float> factors = factors_of<float>(d, rows);
-  const unsigned clusters = gridDim.x / cluster_size();
-  ClusterRows<T, S, R, reverse> row(d, shared);
-  for (int64_t i = blockIdx.x / cluster_size(); i < d.N; i += clusters) {
-    const int y = class_of(d.labels, i, d.K);
-    if (y < 0) {
-      row.ignore(i);
-    } else {
-      row.work(i, i + clusters, y, factors);
-    }
+  const Factors<float> factors = factors_of<float>(d, count);
+  while (i < d.N) {
+    int next_y = -1;
+    const int64_t next = find(i + clusters, next_y);
+    rows.work(i, y, next, factors);
+    i = next;
+    y = next_y;
   }
   if (cluster_rank() != 0) return;
   __syncthreads();
@@ -47,7 +55,7 @@ struct Shape {
   unsigned size, threads;  // of a cluster in blocks, of a block
 };
 
-// The smallest cluster that holds a row of `vectors`; size 0: none does. Up to 256 threads several
+// The smallest cluster that holds a row of `vectors`; size 0: none does. Of 256 threads several
 // blocks fit a multiprocessor, so that one computes while another waits.
 Shape shape_of(int64_t vectors, int R) {
   const int64_t needed = (vectors + R - 1) / R, most = most_cluster_threads();
@@ -76,7 +84,9 @@ template <class T, int S, int R, bool reverse>
 bool start(const DistillationArguments& d, Stream stream) {
   constexpr auto kernel = cluster_rows_kernel<T, S, R, reverse>;
   const Shape shape = shape_of(d.K / kVector<T>, R);
-  const size_t staged = static_cast<size_t>(d.S + 1) * R * shape.threads * sizeof(uint4);
+  // Slopes and distances of a vector's classes, 8 bytes each, take the places of their logits.
+  const int64_t rows = std::max<int64_t>(d.S + 1, 8 / static_cast<int64_t>(sizeof(T)));
+  const size_t staged = static_cast<size_t>(rows) * R * shape.threads * sizeof(uint4);
   const size_t shared_bytes = sizeof(Shared<S, reverse>) + staged;
   if (shape.size == 0 || shared_bytes > device_limits().shared_bytes) return false;
   const unsigned most = resident<kernel>(shape, shared_bytes);

@@ -101,6 +101,12 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return emulator::shuffle(mask, value, emulator::lane() ^ bits);
 }
+inline int __reduce_max_sync(unsigned mask, int value) {
+  for (int bits = 16; bits > 0; bits /= 2) {
+    value = std::max(value, __shfl_xor_sync(mask, value, bits));
+  }
+  return value;
+}
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, int by) {
   const int from = emulator::lane() + by;

@@ -6,7 +6,7 @@
 namespace pycdgkd {
 namespace cuda {
 
-// S: slots for active sources. R: vectors of a row that each thread holds.
+// S: slots for active sources. R: vectors of each row that a thread holds.
 template <class T, int S, int R, bool reverse>
 class HeldRow {
  public:
@@ -35,7 +35,27 @@ class HeldRow {
     }
     __syncthreads();
     count_ = shared.count;
+    const int left = vectors_ - vector(0), step = static_cast<int>(blockDim.x);
+    held_ = left <= 0 ? 0 : (left > (R - 1) * step ? R : (left + step - 1) / step);
     meet(true);  // before one writes to another, which must have begun
+  }
+
+  // Row i into shared memory. Each thread copies what it reads: no barrier is needed.
+  __device__ __forceinline__ void ask_for(int64_t i) const {
+    if (i >= d_.N) return;
+    const unsigned step = blockDim.x * static_cast<unsigned>(sizeof(uint4));
+    char* to = reinterpret_cast<char*>(place(0, 0));
+#pragma unroll 1
+    for (int row = 0; row <= count_; ++row) {
+      const uint4* first = (row == 0 ? student(i) : source(row - 1, i)) + vector(0);
+      const char* from = reinterpret_cast<const char*>(first);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (r < held_) copy_async(to, from);
+        to += step;
+        from += step;
+      }
+    }
   }
 
   // A row without a label: no loss, gradient 0.
@@ -45,10 +65,7 @@ class HeldRow {
     }
     if (d_.grad == nullptr) return;
     const float zeros[V] = {};
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (vector(r) < vectors_) store_gradient(d_, i * d_.K + vector(r) * V, zeros);
-    }
+    for (int r = 0; r < held_; ++r) store_gradient(d_, i * d_.K + vector(r) * V, zeros);
   }
 
  protected:
@@ -70,23 +87,11 @@ class HeldRow {
     return reinterpret_cast<uint4*>(dynamic_shared() + sizeof(Common)) + at;
   }
 
-  // Each thread reads what it has copied itself: no barrier is needed.
-  __device__ __forceinline__ void load() const {
-    for (int row = 0; row <= count_; ++row) {
-      const uint4* from = row == 0 ? student(i_) : source(row - 1, i_);
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (vector(r) < vectors_) copy_async(place(row, r), from + vector(r));
-      }
-    }
-    await_copies();
-  }
-
-  // This block's part of another row, a thread for each of its rows.
-  __device__ __forceinline__ void ask_for(int64_t i) const {
+  // This block's part of another row towards the L2 cache, a thread for each of its rows.
+  __device__ __forceinline__ void announce(int64_t i) const {
     const int left = vectors_ - begin_, most = static_cast<int>(blockDim.x) * R;
     const int j = static_cast<int>(threadIdx.x) - 1;
-    if (j >= count_ || left <= 0) return;
+    if (i >= d_.N || j >= count_ || left <= 0) return;
     const auto bytes =
         static_cast<unsigned>(left < most ? left : most) * static_cast<unsigned>(sizeof(uint4));
     prefetch((j < 0 ? student(i) : source(j, i)) + begin_, bytes);
@@ -105,17 +110,17 @@ class HeldRow {
   __device__ __forceinline__ void find_maxima() {
     float mine[S + 1];
 #pragma unroll
-    for (int j = 0; j <= S; ++j) mine[j] = -infinity<float>();
-#pragma unroll
     for (int j = 0; j <= S; ++j) {
+      mine[j] = -infinity<float>();
+      if (j > count_) continue;
+#pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (j > count_ || vector(r) >= vectors_) break;
-        mine[j] = larger<T>(mine[j], place(j, r));
+        if (r < held_) mine[j] = larger<T>(mine[j], *place(j, r));
       }
     }
 #pragma unroll
     for (int j = 0; j <= S; ++j) {
-      const float most = warp_max(mine[j]);
+      const float most = warp_largest(mine[j]);
       if (lane_id() == 0) shared_.warp_maxima[j][warp_id()] = most;
     }
     __syncthreads();
@@ -127,7 +132,7 @@ class HeldRow {
       const bool anchors = (j == 0) == reverse && j <= count_;
       if (!anchors && warp_id() != 0) continue;
       const float most = lane_id() < warps ? shared_.warp_maxima[j][lane_id()] : -infinity<float>();
-      const float block = warp_max(most);
+      const float block = warp_largest(most);
       if (anchors && first_lane(lane_id() < warps && most == block) == warp_id()) {
         tell_anchors(j, first_lane(mine[j] == block), block);
         told = true;
@@ -144,22 +149,18 @@ class HeldRow {
 #pragma unroll
     for (int j = 0; j <= S; ++j) {
       const float most = rank < size_ ? shared_.first[rank].maximum[j] : -infinity<float>();
-      maxima_[j] = warp_max(most);
+      maxima_[j] = warp_largest(most);
       if ((j == 0) != reverse) continue;
       const First<S>& from = shared_.first[first_lane(rank < size_ && most == maxima_[j])];
       if (j > 0) anchors[j - 1] = from.anchor[j - 1];
 #pragma unroll
       for (int other = 0; j == 0 && other < S; ++other) anchors[other] = from.anchor[other];
     }
-    constant_ = 0.0f;
 #pragma unroll
     for (int j = 0; j < S; ++j) {
-      offsets_[j] = 0.0f;
-      if (j >= count_) continue;
-      const float difference = reverse ? maxima_[0] - anchors[j] : anchors[j] - maxima_[1 + j];
-      offsets_[j] = difference - difference == 0.0f ? difference : 0.0f;
-      constant_ -= shared_.factors[j] * offsets_[j];
-      if (threadIdx.x == 0) shared_.anchors[j] = anchors[j];
+      const bool there = j < count_;
+      anchors_[j] = there ? anchors[j] : 0.0f;
+      if (there && threadIdx.x == 0) shared_.anchors[j] = anchors[j];
     }
     if (threadIdx.x != 0) return;
 #pragma unroll
@@ -192,9 +193,9 @@ class HeldRow {
   const unsigned rank_, size_;
   const int vectors_, begin_;
   const float temperature_;
-  int count_, y_;
+  int count_, held_, y_;  // active sources, vectors of this thread, true class
   int64_t i_;
-  float maxima_[S + 1], offsets_[S], constant_;
+  float maxima_[S + 1], anchors_[S];
 };
 
 }  // namespace cuda

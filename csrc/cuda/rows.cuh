@@ -56,17 +56,41 @@ __device__ __forceinline__ A value_at(const Values& v, int64_t i) {
   return load_element<A>(v.data, i * v.stride, v.dtype);
 }
 
+// body(data), with the labels' data as what it is.
+template <class Body>
+__device__ __forceinline__ auto with_labels(const Labels& labels, const Body& body) {
+  switch (labels.type) {
+    case LabelType::int64:
+      return body(static_cast<const int64_t*>(labels.data));
+    case LabelType::int32:
+      return body(static_cast<const int32_t*>(labels.data));
+    default:
+      return body(static_cast<const uint8_t*>(labels.data));
+  }
+}
+
 // Class of row i, -1 where it is ignored; a label out of range ends the kernel.
 __device__ __forceinline__ int class_of(const Labels& labels, int64_t i, int64_t K) {
   if (labels.data == nullptr) return 0;
-  const int64_t at = i * labels.stride;
-  const int64_t label =
-      labels.type == LabelType::int64   ? static_cast<const int64_t*>(labels.data)[at]
-      : labels.type == LabelType::int32 ? static_cast<const int32_t*>(labels.data)[at]
-                                        : static_cast<const uint8_t*>(labels.data)[at];
+  const int64_t label = with_labels(
+      labels, [&](const auto* data) { return static_cast<int64_t>(data[i * labels.stride]); });
   if (label == labels.ignore_index) return -1;
   require(label >= 0 && label < K);
   return static_cast<int>(label);
+}
+
+// Of every `step`th row those that are not ignored. No label is judged here, so that the loads need
+// not wait for each other.
+__device__ __forceinline__ unsigned count_labelled(const Labels& labels, int64_t N, int64_t first,
+                                                   int64_t step) {
+  return with_labels(labels, [&](const auto* data) {
+    unsigned rows = 0;
+#pragma unroll 8
+    for (int64_t i = first; i < N; i += step) {
+      rows += static_cast<int64_t>(data[i * labels.stride]) != labels.ignore_index ? 1u : 0u;
+    }
+    return rows;
+  });
 }
 
 __device__ __forceinline__ bool is_active(const ClassCounts& counts, int64_t k) {
@@ -89,6 +113,12 @@ __device__ __forceinline__ T warp_max(T value) {
     value = other > value ? other : value;
   }
   return value;
+}
+
+// The same of numbers (no NaN) in one instruction: in this order of bits floats compare as integers.
+__device__ __forceinline__ float warp_largest(float number) {
+  const auto ordered = [](int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
+  return bit_cast<float>(ordered(__reduce_max_sync(kAllLanes, ordered(bit_cast<int>(number)))));
 }
 
 // The sum over a block of whole warps, in a fixed order; every thread calls it and gets it.
