@@ -9,62 +9,60 @@ namespace cuda {
 template <class T, int S, int R, bool reverse>
 class ClusterRows : public HeldRow<T, S, R, reverse> {
   using Held = HeldRow<T, S, R, reverse>;
-  using Held::anchors_, Held::announce, Held::begin_, Held::count_, Held::d_;
-  using Held::find_maxima, Held::held_, Held::i_, Held::maxima_, Held::meet, Held::place, Held::rank_;
-  using Held::shared_, Held::size_, Held::source, Held::student, Held::temperature_, Held::V;
-  using Held::vector, Held::vectors_, Held::y_;
+  using Held::anchors_, Held::announce, Held::ask_for, Held::count_, Held::d_, Held::ends_chunk;
+  using Held::find_first, Held::find_maxima, Held::find_next, Held::go_on, Held::held_, Held::i_;
+  using Held::leads, Held::leave_sums, Held::maxima_, Held::meet, Held::pass_over;
+  using Held::place, Held::rank_, Held::shared_, Held::size_, Held::take_chunk;
+  using Held::temperature_, Held::V, Held::vector, Held::y_;
   static constexpr int W = kPart, parts = V / W, Q = kSums<S, reverse>;
   static constexpr bool exact = sizeof(T) == 4;
 
  public:
-  using Held::ask_for;
   __device__ __forceinline__ ClusterRows(const DistillationArguments& d, Shared<S, reverse>& shared)
       : Held(d, shared), scale_(scale_of(d.temperature)) {
 #pragma unroll
     for (int j = 0; j < S; ++j) factors_[j] = j < count_ ? shared.factors[j] : 0.0f;
+    if (threadIdx.x == 0) shared.unit = scale_.hi * 0.693147180559945309;
+    find_first();
   }
 
-  // Everything of row i, which was asked for; its loss is added to the cluster's sums, and `next`
-  // is asked for.
-  __device__ __forceinline__ void work(int64_t i, int y, int64_t next,
-                                       const Factors<float>& factors) {
-    i_ = i;
-    y_ = y;
-    const float true_logit = student_element<float>(d_, i, y);
-    await_copies();
-    find_maxima();
-    add_up();
-    announce(next);  // not sooner: the rows of all clusters, twice, are more than the cache keeps
-    if (warp_id() == 0) settle();
-    __syncthreads();
-    const float true_exp =
-        plain(true_logit - maxima_[0], exponential<exact>(true_logit - maxima_[0], scale_));
-    const Residual residual(true_exp, shared_.sums[1]);
-    float divergence = shared_.divergence;
-    if (shared_.careful) {
-      divergence = once_more(factors, residual);
-    } else if (d_.grad != nullptr) {
-      write(factors, residual);
-    }
-    ask_for(next);
-    if (rank_ != 0 || threadIdx.x != 0) return;
-    if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i] = divergence;
-    if (d_.labels.data != nullptr) {
-      shared_.ce +=
-          static_cast<double>(cross_entropy(maxima_[0], true_logit, true_exp, residual.others));
-    }
-    shared_.kl += static_cast<double>(divergence);
+  // All rows that this cluster gets.
+  __device__ __forceinline__ void work() {
+    while (go_on()) y_ < 0 ? pass_over() : work_row();
   }
 
  private:
-  // Of the cross-entropy: e^(s - max) times `factor`, of the true class -others times it.
-  struct Residual {
-    float others, factor;
-    __device__ Residual(float true_exp, float others_)
-        : others(others_), factor(1.0f / (true_exp + others_)) {}
-  };
+  // Everything of row i, which was asked for; the next one is asked for.
+  __device__ __forceinline__ void work_row() {
+    await_copies();
+    find_maxima();
+    add_up();
+    if (warp_id() == 0) settle();
+    find_next();
+    __syncthreads();
+    if (shared_.next_class >= 0) announce(shared_.next);
+    const float divergence = write();
+    if (shared_.next_class >= 0) ask_for(shared_.next);
+    if (!leads()) return;
+    if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i_] = divergence;
+    shared_.kl += static_cast<double>(divergence);
+    leave_sums();
+  }
 
-  __device__ __forceinline__ float inverse_temperature() const { return 1.0f / temperature_; }
+  // The gradient; by what formulas is for the sums to say. Returns the divergence, to the thread
+  // that leads.
+  __device__ __forceinline__ float write() {
+    const Verdict verdict = shared_.verdict;
+    if (verdict == Verdict::infinite || (!reverse && verdict == Verdict::cancels)) {
+      return once_more();
+    }
+    if constexpr (reverse) {
+      if (verdict == Verdict::cancels) return write_close();
+    }
+    if (d_.grad != nullptr) write_gradient();
+    return shared_.divergence;
+  }
+
   __device__ __forceinline__ float plain(float x, float e) const {
     return temperature_ == 2.0f
                ? e * e
@@ -73,8 +71,8 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
                       : exponential<exact>(x, Scale{1.44269504f, 1.925963033e-8f}));
   }
 
-  // e^(s - max) of the student's classes, x = s - max and e = e^(x / T); of the true class, which is
-  // none of them where `usual`, `own`.
+  // e^(s - max) of the student's classes, x = s - max and e = e^(x / T); of the true class, which
+  // is none of them where `usual`, `own`.
   template <bool usual>
   __device__ __forceinline__ void shares(int first, const float (&x)[W], const float (&e)[W],
                                          float own, float (&share)[W]) const {
@@ -106,7 +104,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     for (int r = 0; r < held_; ++r) is_usual(r) ? add<true>(r, sums) : add<false>(r, sums);
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
-      const float total = warp_sum(sums[q]);
+      const double total = warp_sum(static_cast<double>(sums[q]));
       if (lane_id() == 0) shared_.warp_sums[warp_id()][q] = total;
     }
     __syncthreads();
@@ -114,12 +112,13 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
       double total = 0.0;
 #pragma unroll 8
       for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
-        total += static_cast<double>(shared_.warp_sums[w][threadIdx.x]);
+        total += shared_.warp_sums[w][threadIdx.x];
       }
       for (unsigned q = 0; q < size_; ++q) {
         *in_block(&shared_.second[rank_][threadIdx.x], q) = total;
       }
     }
+    if (leads() && ends_chunk()) take_chunk();
     meet(warp_id() == 0);
   }
 
@@ -152,6 +151,11 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     }
   }
 
+  // The exponent, in units of log2, of a source's class that lies at its anchor.
+  __device__ __forceinline__ float begin_of(float anchor, float maximum) const {
+    return (anchor - maximum) * scale_.hi;
+  }
+
   // Reverse: the slopes sum_j w_j ((s - max) - (t_j - anchor_j)) / T, exactly 0 where all sources
   // have their anchors. With s - max they take the places of the logits.
   template <bool usual>
@@ -166,7 +170,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       if (!usual && j >= count_) continue;
-      const float begin = (anchors_[j] - maxima_[1 + j]) * scale_.hi;
+      const float begin = begin_of(anchors_[j], maxima_[1 + j]);
       float t[W];
       unpack_part<T>(raw[1 + j], h, t);
 #pragma unroll
@@ -200,87 +204,118 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     }
   }
 
-  // By the first warp: ratios, mean slope and divergence from the sums alone, or the word that
-  // these say too little.
+  // By the first warp: mean slope and divergence from the sums alone. Of a class, log q - log p is
+  // log_ratio_j less (s - max) - (t - anchor_j) over T (reverse) or (s - anchor_j) - (t - max_j)
+  // over T (forward). In double, as what is left of these may be small.
   __device__ __forceinline__ void settle() const {
     const int lane = lane_id();
+    const float true_logit = student_element<float>(d_, i_, y_);
     if (lane < Q) {
       double total = 0.0;
 #pragma unroll 8
       for (unsigned rank = 0; rank < size_; ++rank) total += shared_.second[rank][lane];
+      shared_.totals[lane] = total;
       shared_.sums[lane] = static_cast<float>(total);
     }
     __syncwarp();
-    const float* sums = shared_.sums;
-    float part = 0.0f, magnitude = 0.0f;
+    const double* totals = shared_.totals;
+    const double mean = reverse ? totals[2 + S] / totals[0] : 0.0;
+    double part = 0.0;
+    float magnitude = 0.0f;
     if (lane < count_) {
-      const float weight = shared_.weights[lane], factor = shared_.factors[lane];
-      const Ratio<float> ratio =
-          ratio_of(reverse, weight, shared_.maxima[0], sums[0], shared_.maxima[1 + lane],
-                   sums[2 + lane], shared_.anchors[lane], 1.0f / temperature_);
-      shared_.ratios[lane] = ratio;
-      const float gap = reverse ? 0.0f : factor * sums[2 + S + lane] * ratio.inverse;
-      part = weight * (reverse ? -ratio.log_ratio : ratio.log_ratio) - gap;
-      magnitude = weight * fabsf(ratio.log_ratio) + factor * fabsf(ratio.offset) + fabsf(gap);
+      const double ratio = log_ratio(lane), weight = weight_of(lane);
+      const double gap = reverse ? 0.0 : shared_.unit * totals[2 + S + lane] / totals[2 + lane];
+      part = reverse ? -weight * ratio : weight * (ratio - gap);
+      magnitude = static_cast<float>(weight) *
+                  (1.0f + fabsf(static_cast<float>(ratio)) + fabsf(static_cast<float>(gap)));
     }
-    const float mean = reverse ? sums[2 + S] / sums[0] : 0.0f;
-    const float divergence = count_ > 0 ? mean + warp_sum(part) : 0.0f;
-    magnitude = 1.0f + fabsf(mean) + warp_sum(magnitude);
+    const double divergence = count_ > 0 ? mean + warp_sum(part) : 0.0;
+    magnitude = warp_sum(magnitude) + fabsf(static_cast<float>(mean));
     if (lane != 0) return;
-    // Each sum is good to some 1e-7 of `magnitude`: to 3e-6 of the divergence, if it is no smaller.
-    const bool good = divergence >= magnitude / 32.0f && divergence - divergence == 0.0f;
-    shared_.careful = count_ > 0 && !good;
-    shared_.mean = mean;
-    shared_.divergence = divergence;
+    shared_.divergence = static_cast<float>(divergence);
+    // The sums are good to some 2e-8 of `magnitude`: to 3e-6 of a divergence that is no smaller.
+    const bool finite = divergence - divergence == 0.0;
+    const bool large = count_ == 0 || shared_.divergence >= magnitude / 64.0f;
+    shared_.verdict = finite ? (large ? Verdict::good : Verdict::cancels) : Verdict::infinite;
+    settle_gradient(true_logit, static_cast<float>(mean));
   }
 
-  // Reverse, the gradient is e (kl slope - mean) + ce e^(s - max), in the true class ce times -others
-  // for the latter; forward, e kl - sum_j weights_j q_j for the former.
-  struct Gradient {
-    float kl, mean, factor, ce, others;
-  };
+  // What all its classes share; the cross-entropy.
+  __device__ __forceinline__ void settle_gradient(float true_logit, float mean) const {
+    const Factors<float> factors = shared_.factors_of_rows;
+    const float x = true_logit - maxima_[0], others = shared_.sums[1];
+    const float true_exp = plain(x, exponential<exact>(x, scale_));
+    float kl = count_ > 0 ? factors.kl / shared_.sums[0] : 0.0f, total = 0.0f;
+    for (int j = 0; !reverse && j < count_; ++j) total += shared_.weights[j];
+    if (!reverse) kl *= total;
+    const bool labelled = d_.labels.data != nullptr;
+    Gradient& g = shared_.gradient;
+    g.kl = kl;
+    g.mean = kl * mean;
+    g.kl_weight = factors.kl;
+    g.ce = labelled ? factors.ce / (true_exp + others) : 0.0f;
+    g.others = others;
+    if (rank_ != 0 || !labelled) return;
+    shared_.ce += static_cast<double>(cross_entropy(maxima_[0], true_logit, true_exp, others));
+  }
 
-  __device__ __forceinline__ void write(const Factors<float>& factors,
-                                        const Residual& residual) const {
-    Gradient g;
-    g.kl = count_ > 0 ? factors.kl / shared_.sums[0] : 0.0f;
-    g.mean = g.kl * shared_.mean;
-    g.factor = factors.kl;
-    g.ce = d_.labels.data == nullptr ? 0.0f : factors.ce * residual.factor;
-    g.others = residual.others;
-    if constexpr (!reverse) {
-      float total = 0.0f;
-      for (int j = 0; j < count_; ++j) total += shared_.weights[j];
-      g.kl *= total;
-    }
+  // As the slopes have it after rounding.
+  __device__ __forceinline__ double weight_of(int slot) const {
+    return reverse ? shared_.factors[slot] / shared_.unit
+                   : static_cast<double>(shared_.weights[slot]);
+  }
+  __device__ __forceinline__ double log_ratio(int slot) const {
+    const float student = shared_.maxima[0], source = shared_.maxima[1 + slot];
+    const float anchor = shared_.anchors[slot];
+    const double begin =
+        reverse ? static_cast<double>(begin_of(anchor, source)) * 0.693147180559945309
+                : (static_cast<double>(student) - static_cast<double>(anchor)) * shared_.unit;
+    return log_(shared_.totals[0] / shared_.totals[2 + slot]) + begin;
+  }
+
+  __device__ __forceinline__ void write_gradient() const {
+    const Gradient g = shared_.gradient;
 #pragma unroll 1
-    for (int r = 0; r < held_; ++r) is_usual(r) ? write<true>(r, g) : write<false>(r, g);
+    for (int r = 0; r < held_; ++r) {
+      is_usual(r) ? write_vector<true>(r, g) : write_vector<false>(r, g);
+    }
   }
 
   template <bool usual>
-  __device__ __forceinline__ void write(int r, const Gradient& g) const {
+  __device__ __forceinline__ void write_vector(int r, const Gradient& g) const {
     float values[V];
 #pragma unroll
     for (int h = 0; h < parts; ++h) {
-      float x[W], e[W], part[W], share[W];
+      float x[W], part[W] = {};
       if constexpr (reverse) {
         load_array(reinterpret_cast<const float*>(place(2 * h, r)), x);
         load_array(reinterpret_cast<const float*>(place(2 * h + 1, r)), part);
       } else {
         unpack_part<T>(*place(0, r), h, x);
-      }
 #pragma unroll
-      for (int v = 0; v < W; ++v) {
-        if (!reverse) x[v] -= maxima_[0];
-        e[v] = exponential<exact>(x[v], scale_);
-        part[v] = e[v] * (reverse ? fmaf(g.kl, part[v], -g.mean) : g.kl);
+        for (int v = 0; v < W; ++v) x[v] -= maxima_[0];
+        take_sources<usual>(r, h, g.kl_weight, part);
       }
-      if constexpr (!reverse) take_sources<usual>(r, h, g.factor, part);
-      shares<usual>(vector(r) * V + h * W, x, e, -g.others, share);
+      finish<usual>(g, vector(r) * V + h * W, x, part);
 #pragma unroll
-      for (int v = 0; v < W; ++v) values[h * W + v] = part[v] + g.ce * share[v];
+      for (int v = 0; v < W; ++v) values[h * W + v] = part[v];
     }
     store_gradient(d_, i_ * d_.K + static_cast<int64_t>(vector(r)) * V, values);
+  }
+
+  // From x = s - max and, in `part`, slopes or the sources' share.
+  template <bool usual>
+  __device__ __forceinline__ void finish(const Gradient& g, int first, const float (&x)[W],
+                                         float (&part)[W]) const {
+    float e[W], share[W];
+#pragma unroll
+    for (int v = 0; v < W; ++v) e[v] = exponential<exact>(x[v], scale_);
+    shares<usual>(first, x, e, -g.others, share);
+#pragma unroll
+    for (int v = 0; v < W; ++v) {
+      part[v] = reverse ? e[v] * fmaf(g.kl, part[v], -g.mean) : fmaf(g.kl, e[v], part[v]);
+      part[v] += g.ce * share[v];
+    }
   }
 
   // Forward: less the sources' share, sum_j w_j q_j.
@@ -290,7 +325,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       if (!usual && j >= count_) continue;
-      const float weight = kl * shared_.ratios[j].weight * shared_.ratios[j].inverse;
+      const float weight = kl * shared_.weights[j] / shared_.sums[2 + j];
       float t[W];
       unpack_part<T>(*place(1 + j, r), h, t);
 #pragma unroll
@@ -300,65 +335,181 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     }
   }
 
-  // ---- a row whose sums say too little ----
+  // ---- a row whose sums say too little: its logits are read again ----
 
-  // Sum of all threads of the cluster; `turn` alternates.
-  __device__ __forceinline__ double everyone(double value, int turn) const {
-    value = warp_sum(value);
-    if (lane_id() == 0) shared_.warp_extra[warp_id()] = value;
+  // Sums over all threads of the cluster.
+  template <int n>
+  __device__ __forceinline__ void add_over_cluster(double (&values)[n]) const {
+    meet(true);  // all have read what was here before
+#pragma unroll
+    for (int q = 0; q < n; ++q) {
+      values[q] = warp_sum(values[q]);
+      if (lane_id() == 0) shared_.warp_extra[warp_id()][q] = values[q];
+    }
     __syncthreads();
-    if (threadIdx.x < size_) {
+    if (static_cast<int>(threadIdx.x) < n) {
       double total = 0.0;
-      for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += shared_.warp_extra[w];
-      *in_block(&shared_.extra[turn][rank_], threadIdx.x) = total;
+      for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
+        total += shared_.warp_extra[w][threadIdx.x];
+      }
+      for (unsigned q = 0; q < size_; ++q) {
+        *in_block(&shared_.extra[rank_][threadIdx.x], q) = total;
+      }
     }
     meet(warp_id() == 0);
-    double total = 0.0;
-    for (unsigned q = 0; q < size_; ++q) total += shared_.extra[turn][q];
-    return total;
+#pragma unroll
+    for (int q = 0; q < n; ++q) {
+      values[q] = 0.0;
+      for (unsigned rank = 0; rank < size_; ++rank) values[q] += shared_.extra[rank][q];
+    }
   }
 
-  // body(k, s, e, p, slope, share) of each class of this thread's, by its own formula; the logits
-  // are read again.
+  // Elements W * h and on of vector r, of the student (0) or an active source.
+  __device__ __forceinline__ void read_part(int row, int r, int h, float (&to)[W]) const {
+    unpack<T, W>(reinterpret_cast<const Packed<T, W>*>(place(row, r))[h], to);
+  }
+
+  // Reverse, where the sources are close, their differences from the student exactly: with
+  // v = log p - log q but for log_ratio, KL(p || q) is z + log(1 + z - m) - (z - m) for m = E_p[v]
+  // and z = E_p[e^-v - 1 + v], in which no term of a class is negative.
+  __device__ __forceinline__ float write_close() const {
+    ask_for(i_);
+    await_copies();
+    float means[S] = {}, excesses[S] = {};
+#pragma unroll 1
+    for (int at = 0; at < held_ * parts; ++at) {
+      float s[W], x[W], e[W];
+      read_part(0, at / parts, at % parts, s);
+#pragma unroll
+      for (int v = 0; v < W; ++v) {
+        x[v] = s[v] - maxima_[0];
+        e[v] = exponential<exact>(x[v], scale_);
+      }
+#pragma unroll
+      for (int j = 0; j < S; ++j) {
+        if (j >= count_) continue;
+        float t[W];
+        read_part(1 + j, at / parts, at % parts, t);
+#pragma unroll
+        for (int v = 0; v < W; ++v) {
+          const float difference = difference_of(j, s[v], t[v]) * static_cast<float>(shared_.unit);
+          means[j] += e[v] * difference;
+          excesses[j] += excess(x[v], e[v], difference);
+        }
+      }
+    }
+    double sums[2 * S];
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      sums[j] = static_cast<double>(means[j]);
+      sums[S + j] = static_cast<double>(excesses[j]);
+    }
+    add_over_cluster(sums);
+    double mean = 0.0, divergence = 0.0;
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      if (j >= count_) continue;
+      mean += weight_of(j) * sums[j] / shared_.totals[0];
+      if (leads()) divergence += weight_of(j) * close_divergence(j, sums[j], sums[S + j]);
+    }
+    if (d_.grad != nullptr) write_close(static_cast<float>(mean));
+    return static_cast<float>(divergence);
+  }
+
+  __device__ __forceinline__ float difference_of(int slot, float s, float t) const {
+    return shifted_difference(s, t, maxima_[0] - anchors_[slot]);
+  }
+
+  __device__ __forceinline__ void write_close(float mean) const {
+    Gradient g = shared_.gradient;
+    g.mean = g.kl * mean;
+#pragma unroll 1
+    for (int at = 0; at < held_ * parts; ++at) {
+      float s[W], part[W] = {};
+      read_part(0, at / parts, at % parts, s);
+#pragma unroll
+      for (int j = 0; j < S; ++j) {
+        if (j >= count_) continue;
+        float t[W];
+        read_part(1 + j, at / parts, at % parts, t);
+#pragma unroll
+        for (int v = 0; v < W; ++v) part[v] += factors_[j] * difference_of(j, s[v], t[v]);
+      }
+      const int first = vector(at / parts) * V + at % parts * W;
+#pragma unroll
+      for (int v = 0; v < W; ++v) s[v] -= maxima_[0];
+      finish<false>(g, first, s, part);
+      store_gradient(d_, i_ * d_.K + first, part);
+    }
+  }
+
+  // e (e^-v - 1 + v) of e = e^(x / T).
+  __device__ __forceinline__ float excess(float x, float e, float v) const {
+    const float q = exp2_approximate(fmaf(v, -1.44269504f, x * scale_.hi));
+    const bool near = v > -0.5f && v < 0.5f;
+    return near ? e * (v * v * expm1_remainder(-v)) : q - e + e * v;
+  }
+
+  // A source that is far is not helped by this, but by its log-ratio.
+  __device__ __forceinline__ double close_divergence(int slot, double mean, double excess) const {
+    const double m = mean / shared_.totals[0], z = excess / shared_.totals[0], x = z - m;
+    if (x > -0.5 && x < 1.0) return z + (log1p(x) - x);
+    const float offset = maxima_[0] - anchors_[slot];
+    const double lost = static_cast<double>(maxima_[0]) - static_cast<double>(anchors_[slot]) -
+                        static_cast<double>(offset);
+    return m - lost * shared_.unit - log_ratio(slot);
+  }
+
+  // body(k, s, e, p, slope, share) of each class of this thread's, by its own formula.
   template <class Body>
   __device__ __forceinline__ void classes(const Body& body) const {
-    const T* s_row = reinterpret_cast<const T*>(student(i_));
-    const int end = begin_ + static_cast<int>(blockDim.x) * R;
-    const int last = (end < vectors_ ? end : vectors_) * V;
 #pragma unroll 1
-    for (int k = begin_ * V + static_cast<int>(threadIdx.x); k < last;
-         k += static_cast<int>(blockDim.x)) {
-      const float s = to_arithmetic(s_row[k]);
-      const float e = exponential<exact>(s - maxima_[0], scale_), p = e / shared_.sums[0];
+    for (int at = 0; at < held_ * V; ++at) {
+      const auto logit = [&](int row) {
+        return to_arithmetic(reinterpret_cast<const T*>(place(row, at / V))[at % V]);
+      };
+      const float s = logit(0), e = exponential<exact>(s - maxima_[0], scale_);
+      const float p = e / shared_.sums[0];
       float slope = 0.0f, share = 0.0f;
 #pragma unroll 1
       for (int j = 0; j < count_; ++j) {
-        const float t = to_arithmetic(reinterpret_cast<const T*>(source(j, i_))[k]);
-        add_source(reverse, shared_.ratios[j], s, t, p, inverse_temperature(), slope, share);
+        add_source(reverse, shared_.ratios[j], s, logit(1 + j), p, static_cast<float>(shared_.unit),
+                   slope, share);
       }
-      body(k, s, e, p, slope, share);
+      body(vector(at / V) * V + at % V, s, e, p, slope, share);
     }
   }
 
-  __device__ __forceinline__ float once_more(const Factors<float>& factors,
-                                             const Residual& residual) const {
-    double mine = 0.0;
+  // Value and gradient by the formulas of single classes.
+  __device__ __forceinline__ float once_more() const {
+    ask_for(i_);
+    if (static_cast<int>(threadIdx.x) < count_) {
+      const int j = static_cast<int>(threadIdx.x);
+      shared_.ratios[j] = ratio_of(reverse, shared_.weights[j], shared_.maxima[0], shared_.sums[0],
+                                   shared_.maxima[1 + j], shared_.sums[2 + j], shared_.anchors[j],
+                                   static_cast<float>(shared_.unit));
+    }
+    await_copies();
+    __syncthreads();
+    double sum[1] = {0.0};
     classes([&](int, float, float, float p, float slope, float) {
-      mine += static_cast<double>(!reverse ? slope : (p == 0.0f ? 0.0f : p * slope));
+      sum[0] += static_cast<double>(!reverse ? slope : (p == 0.0f ? 0.0f : p * slope));
     });
-    const auto mean = static_cast<float>(everyone(mine, 0));
-    mine = 0.0;
+    add_over_cluster(sum);
+    const auto mean = static_cast<float>(sum[0]);
+    sum[0] = 0.0;
     classes([&](int k, float s, float e, float p, float slope, float share) {
-      mine += static_cast<double>(share);
+      sum[0] += static_cast<double>(share);
       if (d_.grad == nullptr) return;
-      float value = factors.kl == 0.0f ? 0.0f : factors.kl * centred_slope(reverse, p, slope, mean);
-      if (d_.labels.data != nullptr) {
-        const float own = k == y_ ? -residual.others : plain(s - maxima_[0], e);
-        value += factors.ce * residual.factor * own;
-      }
+      const Gradient& g = shared_.gradient;
+      const float own = k == y_ ? -g.others : plain(s - maxima_[0], e);
+      float value =
+          g.kl_weight == 0.0f ? 0.0f : g.kl_weight * centred_slope(reverse, p, slope, mean);
+      if (g.ce != 0.0f) value += g.ce * own;
       store_element(d_.grad, i_ * d_.K + k, d_.grad_dtype, value);
     });
-    return static_cast<float>(everyone(mine, 1));
+    add_over_cluster(sum);
+    return static_cast<float>(sum[0]);
   }
 
   const Scale scale_;

@@ -25,18 +25,36 @@ struct First {
 template <int S, bool reverse>
 inline constexpr int kSums = S + 2 + (reverse ? 1 : S);
 
+// What a row's sums are good for: for value and gradient; not for the value, in which they all but
+// cancel; for neither, as logits are infinite.
+enum class Verdict { good, cancels, infinite };
+
+// A row's gradient is, reverse, e (kl slope - mean) + ce e^(s - max), in the true class ce times
+// -others for the latter; forward, e kl - sum_j kl_weight w_j q_j for the former.
+struct Gradient {
+  float kl, mean, kl_weight, ce, others;
+};
+
 template <int S, bool reverse>
 struct alignas(16) Shared {
   float warp_maxima[S + 1][kWarps];
-  float warp_sums[kWarps][kSums<S, reverse>];
-  double warp_extra[kWarps];
+  double warp_sums[kWarps][kSums<S, reverse>];
+  double warp_extra[kWarps][2 * S];
   First<S> first[kRanks];
   double second[kRanks][kSums<S, reverse>];
-  double extra[2][kRanks];
-  double ce, kl, rows;  // sums of this cluster; rows that take part in all
+  double extra[kRanks][2 * S];
+  double ce, kl, rows;  // sums of this chunk; rows that take part in all
+  Factors<float> factors_of_rows;
+  double unit;     // 1 / T, as the exponentials have it after rounding
+  unsigned bytes;  // of a row, in this block
+  unsigned next_chunk;
+  int64_t next;  // row after this one, and its class
+  int next_class;
   // Of the row, as its first warp finds them.
-  float maxima[S + 1], anchors[S], sums[kSums<S, reverse>], mean, divergence;
-  bool careful;
+  double totals[kSums<S, reverse>];
+  float maxima[S + 1], anchors[S], sums[kSums<S, reverse>], divergence;
+  Verdict verdict;
+  Gradient gradient;
   Ratio<float> ratios[S];
   float weights[S], factors[S];  // of the active sources; weight / temperature
   int active[S];

@@ -69,9 +69,9 @@ __global__ void __launch_bounds__(256) scale_rows_kernel(const __grid_constant__
 }  // namespace
 
 size_t distillation_bytes(const Distillation& d) {
-  const int64_t most = d.K > kShortRows ? 32 * device_limits().multiprocessors : 0;
-  const unsigned blocks = std::max(blocks_of(d.N, d.K), blocks_for(d.N, 1, most));
-  return 16 + kCountBlocks * sizeof(unsigned) + 2 * sizeof(double) * blocks;
+  const unsigned chunks = d.K > kShortRows ? blocks_for(d.N, 1, kMostChunks) : 0;
+  const unsigned partials = std::max(blocks_of(d.N, d.K), chunks);
+  return 16 + kCountBlocks * sizeof(unsigned) + 2 * sizeof(double) * partials;
 }
 
 void distillation(const Distillation& d, Stream stream) {
@@ -97,7 +97,8 @@ void distillation(const Distillation& d, Stream stream) {
                           d.grad_dtype,
                           nullptr,
                           partials,
-                          take_counters(d.workspace, 1, stream),
+                          take_counters(d.workspace, 2, stream),
+                          1,
                           0,
                           0,
                           {},

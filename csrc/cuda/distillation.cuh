@@ -11,6 +11,8 @@ inline constexpr int kCountBlocks = 64;
 inline constexpr int kRowThreads = 128;          // of a block whose threads have a row each
 inline constexpr int64_t kCountedByEach = 1024;  // rows that every block counts for itself
 
+inline constexpr int64_t kMostChunks = 4096;  // of rows that clusters of blocks take
+
 struct Source {
   const void* data;
   int64_t row_stride, col_stride;
@@ -28,9 +30,10 @@ struct DistillationArguments {
   void *row_kl, *grad, *loss, *cross_entropy, *kl;
   Dtype grad_dtype;
   const unsigned* counted;  // (kCountBlocks,) rows that take part, null: each block counts
-  double* partials;         // (gridDim.x, 2): cross-entropies, divergences
-  unsigned* counter;
-  int64_t staged;   // classes of each row that lie in shared memory
+  double* partials;         // (partial sums, 2): cross-entropies, divergences
+  unsigned* counters;       // 0: blocks that are done; 1: chunks of rows that were taken
+  int64_t chunk;            // rows of one
+  int64_t staged;           // classes of each row that lie in shared memory
   int rows_staged;  // for so many rows there is room: the student and the sources that come first
   Source sources[kMostSources];
   Dtype dtypes[kMostSources];
@@ -146,28 +149,21 @@ __device__ __forceinline__ void put_scalar(void* to, double value) {
   if (to != nullptr) *static_cast<A*>(to) = static_cast<A>(value);
 }
 
-// ce and kl: the sums of this thread's rows, in a fixed order. Block `own` of `blocks` that come
-// here.
+// The results, by the last of `blocks` that come here, from `count` partial sums.
 template <class A>
-__device__ __forceinline__ void combine_blocks(const DistillationArguments& d, double rows,
-                                               double ce, double kl, unsigned own,
-                                               unsigned blocks) {
-  ce = block_sum(ce);
-  kl = block_sum(kl);
-  if (threadIdx.x == 0) {
-    d.partials[2 * own] = ce;
-    d.partials[2 * own + 1] = kl;
-  }
-  if (!is_last_block(d.counter, blocks)) return;
-  ce = kl = 0.0;
+__device__ __forceinline__ void combine_partials(const DistillationArguments& d, double rows,
+                                                 unsigned blocks, unsigned count) {
+  if (!is_last_block(d.counters, blocks)) return;
+  double ce = 0.0, kl = 0.0;
 #pragma unroll 8
-  for (unsigned b = threadIdx.x; b < blocks; b += blockDim.x) {
+  for (unsigned b = threadIdx.x; b < count; b += blockDim.x) {
     ce += d.partials[2 * b];
     kl += d.partials[2 * b + 1];
   }
   ce = block_sum(ce);
   kl = block_sum(kl);
   if (threadIdx.x != 0) return;
+  d.counters[1] = 0;
   if (d.reduction == Reduction::mean) {
     ce /= rows;
     kl /= rows;
@@ -181,11 +177,24 @@ __device__ __forceinline__ void combine_blocks(const DistillationArguments& d, d
   put_scalar<A>(d.kl, kl);
 }
 
+// ce and kl: the sums of this thread's rows, in a fixed order.
+template <class A>
+__device__ __forceinline__ void combine_blocks(const DistillationArguments& d, double rows,
+                                               double ce, double kl) {
+  ce = block_sum(ce);
+  kl = block_sum(kl);
+  if (threadIdx.x == 0) {
+    d.partials[2 * blockIdx.x] = ce;
+    d.partials[2 * blockIdx.x + 1] = kl;
+  }
+  combine_partials<A>(d, rows, gridDim.x, gridDim.x);
+}
+
 // V classes of the gradient from element `at` on, which are aligned for a vector of them.
 template <int V, class A>
 __device__ __forceinline__ void store_gradient(const DistillationArguments& d, int64_t at,
                                                const A (&values)[V]) {
-  if constexpr (V == 8) {
+  if constexpr (V >= 4) {
     if (d.grad_dtype == Dtype::bfloat16) {
       return store_packed<bfloat16, V>(static_cast<bfloat16*>(d.grad) + at, values);
     }

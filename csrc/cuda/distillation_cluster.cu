@@ -3,8 +3,8 @@
 // The row after it is announced to the L2 cache meanwhile.
 //
 // The blocks meet twice a row: for the maxima, and for the sums of exponentials with the mean
-// slope, from which value and gradient follow. Where that would cancel (student and sources all but
-// equal) or logits are infinite, the row is worked once more with the formulas of add_source.
+// slope, from which value and gradient follow. Where the value would cancel (student and sources
+// all but equal) or logits are infinite, the row is read once more.
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -21,34 +21,19 @@ template <class T, int S, int R, bool reverse>
 __global__ void __launch_bounds__(S == 3 ? 768 : kWarps * 32, 1)
     cluster_rows_kernel(const __grid_constant__ DistillationArguments d) {
   auto& shared = *reinterpret_cast<Shared<S, reverse>*>(dynamic_shared());
-  ClusterRows<T, S, R, reverse> rows(d, shared);
-  const unsigned clusters = gridDim.x / cluster_size();
-  // The row from i on that takes part.
-  const auto find = [&](int64_t i, int& y) {
-    for (; i < d.N && (y = class_of(d.labels, i, d.K)) < 0; i += clusters) rows.ignore(i);
-    return i;
-  };
-  int y = -1;
-  int64_t i = find(blockIdx.x / cluster_size(), y);
-  rows.ask_for(i);
-  const double count = rows_of_all(d);
+  ClusterRows<T, S, R, reverse> cluster(d, shared);
+  const double rows = rows_of_all(d);
   if (threadIdx.x == 0) {
     shared.ce = shared.kl = 0.0;
-    shared.rows = count;
+    shared.rows = rows;
+    shared.factors_of_rows = factors_of<float>(d, rows);
   }
-  const Factors<float> factors = factors_of<float>(d, count);
-  while (i < d.N) {
-    int next_y = -1;
-    const int64_t next = find(i + clusters, next_y);
-    rows.work(i, y, next, factors);
-    i = next;
-    y = next_y;
-  }
+  cluster.work();
   if (cluster_rank() != 0) return;
   __syncthreads();
-  const bool own = threadIdx.x == 0;
-  combine_blocks<float>(d, shared.rows, own ? shared.ce : 0.0, own ? shared.kl : 0.0,
-                        blockIdx.x / cluster_size(), gridDim.x / cluster_size());
+  const int64_t chunks = (d.N + d.chunk - 1) / d.chunk;
+  combine_partials<float>(d, shared.rows, gridDim.x / cluster_size(),
+                          static_cast<unsigned>(chunks));
 }
 
 struct Shape {
@@ -81,7 +66,7 @@ unsigned resident(const Shape& shape, size_t shared_bytes) {
 }
 
 template <class T, int S, int R, bool reverse>
-bool start(const DistillationArguments& d, Stream stream) {
+bool start(DistillationArguments d, Stream stream) {
   constexpr auto kernel = cluster_rows_kernel<T, S, R, reverse>;
   const Shape shape = shape_of(d.K / kVector<T>, R);
   // Slopes and distances of a vector's classes, 8 bytes each, take the places of their logits.
@@ -92,6 +77,8 @@ bool start(const DistillationArguments& d, Stream stream) {
   const unsigned most = resident<kernel>(shape, shared_bytes);
   if (most == 0) return false;
   const unsigned clusters = blocks_for(d.N, 1, most);
+  // Small enough that all are done at about the same time.
+  d.chunk = blocks_for(d.N, std::min<int64_t>(32 * clusters, kMostChunks), INT32_MAX);
   launch_clusters<kernel>(clusters, shape.size, shape.threads, shared_bytes, stream, d);
   return true;
 }

@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(kMostThreads / (sizeof(A) / 4), 1)
     Row<A, T, aligned, reverse>(d, weights, ratios, i, y).work(factors, ce, kl);
     __syncthreads();  // before the next row takes the shared memory
   }
-  combine_blocks<A>(d, rows, ce, kl, blockIdx.x, gridDim.x);
+  combine_blocks<A>(d, rows, ce, kl);
 }
 
 // Makes room for as many whole rows as fit, or of very long ones for the first part of each.

@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(A) == 4 ? 4 : 2)
       thread_row<C>(d, factors, i, y, weights, ce, kl);
     }
   }
-  combine_blocks<A>(d, rows, ce, kl, blockIdx.x, gridDim.x);
+  combine_blocks<A>(d, rows, ce, kl);
 }
 
 // ---- a lane a class ----
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int y = i < d.N ? class_of(d.labels, i, d.K) : -1;
     row<G>(d, factors, i, y, weights, ce, kl);
   }
-  combine_blocks<A>(d, rows, ce, kl, blockIdx.x, gridDim.x);
+  combine_blocks<A>(d, rows, ce, kl);
 }
 
 template <class A>

@@ -32,6 +32,9 @@ class HeldRow {
         shared.active[count++] = j;
       }
       shared.count = count;
+      const int left = vectors_ - begin_, most = static_cast<int>(blockDim.x) * R;
+      const int own = left < 0 ? 0 : (left < most ? left : most);
+      shared.bytes = static_cast<unsigned>(own) * static_cast<unsigned>(sizeof(uint4));
     }
     __syncthreads();
     count_ = shared.count;
@@ -42,7 +45,6 @@ class HeldRow {
 
   // Row i into shared memory. Each thread copies what it reads: no barrier is needed.
   __device__ __forceinline__ void ask_for(int64_t i) const {
-    if (i >= d_.N) return;
     const unsigned step = blockDim.x * static_cast<unsigned>(sizeof(uint4));
     char* to = reinterpret_cast<char*>(place(0, 0));
 #pragma unroll 1
@@ -59,13 +61,69 @@ class HeldRow {
   }
 
   // A row without a label: no loss, gradient 0.
-  __device__ __forceinline__ void ignore(int64_t i) const {
-    if (rank_ == 0 && threadIdx.x == 0 && d_.row_kl != nullptr) {
-      static_cast<float*>(d_.row_kl)[i] = 0.0f;
-    }
+  __device__ __forceinline__ void ignore() const {
+    if (leads() && d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i_] = 0.0f;
     if (d_.grad == nullptr) return;
     const float zeros[V] = {};
-    for (int r = 0; r < held_; ++r) store_gradient(d_, i * d_.K + vector(r) * V, zeros);
+    for (int r = 0; r < held_; ++r) store_gradient(d_, i_ * d_.K + vector(r) * V, zeros);
+  }
+
+  // ---- which rows ----
+  // They come in chunks, of which a cluster takes another when it is done with one. The losses of a
+  // chunk are a partial sum, so that their bits do not depend on who took it.
+
+  __device__ __forceinline__ bool leads() const { return rank_ == 0 && threadIdx.x == 0; }
+
+  // By one thread or two: it is a division.
+  __device__ __forceinline__ bool ends_chunk() const {
+    return i_ + 1 == d_.N || (i_ + 1) % d_.chunk == 0;
+  }
+
+  // By the thread that leads; the others see it when they have met.
+  __device__ __forceinline__ void take_chunk() const {
+    const unsigned taken = gridDim.x / size_ + atomicAdd(d_.counters + 1, 1u);
+    for (unsigned q = 0; q < size_; ++q) *in_block(&shared_.next_chunk, q) = taken;
+  }
+
+  __device__ __forceinline__ void tell_next(int64_t next) const {
+    shared_.next = next;
+    shared_.next_class = next < d_.N ? class_of(d_.labels, next, d_.K) : -1;
+  }
+  __device__ __forceinline__ void find_first() const {
+    if (threadIdx.x == 0) tell_next(static_cast<int64_t>(blockIdx.x / size_) * d_.chunk);
+    __syncthreads();
+    if (shared_.next_class >= 0) ask_for(shared_.next);
+  }
+  // By the last warp, as the first has more to do. The block meets afterwards.
+  __device__ __forceinline__ void find_next() const {
+    if (threadIdx.x != blockDim.x - 32) return;
+    tell_next(ends_chunk() ? shared_.next_chunk * d_.chunk : i_ + 1);
+  }
+
+  // False where there is none.
+  __device__ __forceinline__ bool go_on() {
+    i_ = shared_.next;
+    y_ = shared_.next_class;
+    return i_ < d_.N;
+  }
+
+  __device__ __forceinline__ void pass_over() {
+    ignore();
+    meet(true);  // all have read who was next
+    if (leads() && ends_chunk()) take_chunk();
+    meet(true);
+    find_next();
+    __syncthreads();
+    leave_sums();
+    if (shared_.next_class >= 0) ask_for(shared_.next);
+  }
+
+  __device__ __forceinline__ void leave_sums() const {
+    if (!leads() || !ends_chunk()) return;
+    const int64_t chunk = i_ / d_.chunk;
+    d_.partials[2 * chunk] = shared_.ce;
+    d_.partials[2 * chunk + 1] = shared_.kl;
+    shared_.ce = shared_.kl = 0.0;
   }
 
  protected:
@@ -89,12 +147,9 @@ class HeldRow {
 
   // This block's part of another row towards the L2 cache, a thread for each of its rows.
   __device__ __forceinline__ void announce(int64_t i) const {
-    const int left = vectors_ - begin_, most = static_cast<int>(blockDim.x) * R;
     const int j = static_cast<int>(threadIdx.x) - 1;
-    if (i >= d_.N || j >= count_ || left <= 0) return;
-    const auto bytes =
-        static_cast<unsigned>(left < most ? left : most) * static_cast<unsigned>(sizeof(uint4));
-    prefetch((j < 0 ? student(i) : source(j, i)) + begin_, bytes);
+    if (j >= count_ || shared_.bytes == 0) return;
+    prefetch((j < 0 ? student(i) : source(j, i)) + begin_, shared_.bytes);
   }
 
   // told: whether this warp has written to other blocks since they met. Only then must it wait

@@ -115,7 +115,8 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
-// The same of numbers (no NaN) in one instruction: in this order of bits floats compare as integers.
+// The same of numbers (no NaN) in one instruction: in this order of bits floats compare as
+// integers.
 __device__ __forceinline__ float warp_largest(float number) {
   const auto ordered = [](int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
   return bit_cast<float>(ordered(__reduce_max_sync(kAllLanes, ordered(bit_cast<int>(number)))));

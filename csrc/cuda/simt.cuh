@@ -152,7 +152,10 @@ __device__ __forceinline__ void cluster_barrier(bool releases) {
 template <class T>
 __device__ __forceinline__ T* in_block(T* shared, unsigned rank) {
   uint64_t address;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  // volatile: cheaper to work out again than to keep in registers.
+  asm volatile("mapa.u64 %0, %1, %2;"
+               : "=l"(address)
+               : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
   return reinterpret_cast<T*>(address);
 }
 // Asks for memory that is read soon; address and size are multiples of 16.
