@@ -9,7 +9,8 @@ namespace cuda {
 template <class T, int S, int R, bool reverse>
 class ClusterRows : public HeldRow<T, S, R, reverse> {
   using Held = HeldRow<T, S, R, reverse>;
-  using Held::anchors_, Held::announce, Held::ask_for, Held::count_, Held::d_, Held::ends_chunk;
+  using Held::anchors_, Held::announce_next, Held::ask_for_next, Held::copy, Held::count_;
+  using Held::d_, Held::ends_chunk;
   using Held::find_first, Held::find_maxima, Held::find_next, Held::go_on, Held::held_, Held::i_;
   using Held::leads, Held::leave_sums, Held::maxima_, Held::meet, Held::pass_over;
   using Held::place, Held::rank_, Held::shared_, Held::size_, Held::take_chunk;
@@ -22,7 +23,13 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
       : Held(d, shared), scale_(scale_of(d.temperature)) {
 #pragma unroll
     for (int j = 0; j < S; ++j) factors_[j] = j < count_ ? shared.factors[j] : 0.0f;
-    if (threadIdx.x == 0) shared.unit = scale_.hi * 0.693147180559945309;
+    if (threadIdx.x == 0) {
+      shared.unit = scale_.hi * 0.693147180559945309;
+      for (int j = 0; j < count_; ++j) {
+        shared.value_weights[j] =
+            reverse ? shared.factors[j] / shared.unit : static_cast<double>(shared.weights[j]);
+      }
+    }
     find_first();
   }
 
@@ -40,9 +47,9 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     if (warp_id() == 0) settle();
     find_next();
     __syncthreads();
-    if (shared_.next_class >= 0) announce(shared_.next);
+    announce_next();
     const float divergence = write();
-    if (shared_.next_class >= 0) ask_for(shared_.next);
+    ask_for_next();
     if (!leads()) return;
     if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i_] = divergence;
     shared_.kl += static_cast<double>(divergence);
@@ -219,11 +226,15 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     }
     __syncwarp();
     const double* totals = shared_.totals;
+    // Lane j's source; all at once, for these take long.
+    const double student_log = log_(totals[0]);
+    const double source_log = log_(totals[2 + (lane < count_ ? lane : 0)]);
     const double mean = reverse ? totals[2 + S] / totals[0] : 0.0;
     double part = 0.0;
     float magnitude = 0.0f;
     if (lane < count_) {
-      const double ratio = log_ratio(lane), weight = weight_of(lane);
+      const double ratio = student_log - source_log + begin_of(lane);
+      const double weight = shared_.value_weights[lane];
       const double gap = reverse ? 0.0 : shared_.unit * totals[2 + S + lane] / totals[2 + lane];
       part = reverse ? -weight * ratio : weight * (ratio - gap);
       magnitude = static_cast<float>(weight) *
@@ -259,18 +270,12 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     shared_.ce += static_cast<double>(cross_entropy(maxima_[0], true_logit, true_exp, others));
   }
 
-  // As the slopes have it after rounding.
-  __device__ __forceinline__ double weight_of(int slot) const {
-    return reverse ? shared_.factors[slot] / shared_.unit
-                   : static_cast<double>(shared_.weights[slot]);
-  }
-  __device__ __forceinline__ double log_ratio(int slot) const {
+  // What log_ratio_j has beside the sums.
+  __device__ __forceinline__ double begin_of(int slot) const {
     const float student = shared_.maxima[0], source = shared_.maxima[1 + slot];
     const float anchor = shared_.anchors[slot];
-    const double begin =
-        reverse ? static_cast<double>(begin_of(anchor, source)) * 0.693147180559945309
-                : (static_cast<double>(student) - static_cast<double>(anchor)) * shared_.unit;
-    return log_(shared_.totals[0] / shared_.totals[2 + slot]) + begin;
+    return reverse ? static_cast<double>(begin_of(anchor, source)) * 0.693147180559945309
+                   : (static_cast<double>(student) - static_cast<double>(anchor)) * shared_.unit;
   }
 
   __device__ __forceinline__ void write_gradient() const {
@@ -337,6 +342,13 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
 
   // ---- a row whose sums say too little: its logits are read again ----
 
+  __device__ __forceinline__ void copy_again() const {
+    if (threadIdx.x == 0) Held::tell_rows(i_, shared_.present_rows);
+    __syncthreads();
+    copy(shared_.present_rows);
+    await_copies();
+  }
+
   // Sums over all threads of the cluster.
   template <int n>
   __device__ __forceinline__ void add_over_cluster(double (&values)[n]) const {
@@ -373,8 +385,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
   // v = log p - log q but for log_ratio, KL(p || q) is z + log(1 + z - m) - (z - m) for m = E_p[v]
   // and z = E_p[e^-v - 1 + v], in which no term of a class is negative.
   __device__ __forceinline__ float write_close() const {
-    ask_for(i_);
-    await_copies();
+    copy_again();
     float means[S] = {}, excesses[S] = {};
 #pragma unroll 1
     for (int at = 0; at < held_ * parts; ++at) {
@@ -409,8 +420,9 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       if (j >= count_) continue;
-      mean += weight_of(j) * sums[j] / shared_.totals[0];
-      if (leads()) divergence += weight_of(j) * close_divergence(j, sums[j], sums[S + j]);
+      mean += shared_.value_weights[j] * sums[j] / shared_.totals[0];
+      if (leads())
+        divergence += shared_.value_weights[j] * close_divergence(j, sums[j], sums[S + j]);
     }
     if (d_.grad != nullptr) write_close(static_cast<float>(mean));
     return static_cast<float>(divergence);
@@ -457,7 +469,8 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     const float offset = maxima_[0] - anchors_[slot];
     const double lost = static_cast<double>(maxima_[0]) - static_cast<double>(anchors_[slot]) -
                         static_cast<double>(offset);
-    return m - lost * shared_.unit - log_ratio(slot);
+    return m - lost * shared_.unit - begin_of(slot) -
+           log_(shared_.totals[0] / shared_.totals[2 + slot]);
   }
 
   // body(k, s, e, p, slope, share) of each class of this thread's, by its own formula.
@@ -482,15 +495,13 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
 
   // Value and gradient by the formulas of single classes.
   __device__ __forceinline__ float once_more() const {
-    ask_for(i_);
     if (static_cast<int>(threadIdx.x) < count_) {
       const int j = static_cast<int>(threadIdx.x);
       shared_.ratios[j] = ratio_of(reverse, shared_.weights[j], shared_.maxima[0], shared_.sums[0],
                                    shared_.maxima[1 + j], shared_.sums[2 + j], shared_.anchors[j],
                                    static_cast<float>(shared_.unit));
     }
-    await_copies();
-    __syncthreads();
+    copy_again();
     double sum[1] = {0.0};
     classes([&](int, float, float, float p, float slope, float) {
       sum[0] += static_cast<double>(!reverse ? slope : (p == 0.0f ? 0.0f : p * slope));

@@ -50,6 +50,8 @@ struct alignas(16) Shared {
   unsigned next_chunk;
   int64_t next;  // row after this one, and its class
   int next_class;
+  const uint4* next_rows[S + 1];     // its logits
+  const uint4* present_rows[S + 1];  // those of the present one, if they are read once more
   // Of the row, as its first warp finds them.
   double totals[kSums<S, reverse>];
   float maxima[S + 1], anchors[S], sums[kSums<S, reverse>], divergence;
@@ -57,6 +59,7 @@ struct alignas(16) Shared {
   Gradient gradient;
   Ratio<float> ratios[S];
   float weights[S], factors[S];  // of the active sources; weight / temperature
+  double value_weights[S];       // weights as the slopes have them after rounding
   int active[S];
   int count;
 };
@@ -116,21 +119,34 @@ __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
 #endif
 }
 
-// The largest of a vector and `most`.
+// The largest of vectors of T; the 16-bit types compare in pairs.
 template <class T>
-__device__ __forceinline__ float larger(float most, const uint4& from) {
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t pair =
-        larger_pair<T>(larger_pair<T>(from.x, from.y), larger_pair<T>(from.z, from.w));
-    T both[2];
-    memcpy(both, &pair, sizeof(pair));
-    return fmaxf(most, fmaxf(to_arithmetic(both[0]), to_arithmetic(both[1])));
-  } else {
-    float x[4];
-    memcpy(x, &from, sizeof(from));
-    return fmaxf(fmaxf(most, fmaxf(x[0], x[1])), fmaxf(x[2], x[3]));
+class Largest {
+ public:
+  __device__ __forceinline__ void add(const uint4& raw) {
+    if constexpr (sizeof(T) == 2) {
+      pair_ = larger_pair<T>(pair_, larger_pair<T>(raw.x, raw.y));
+      pair_ = larger_pair<T>(pair_, larger_pair<T>(raw.z, raw.w));
+    } else {
+      float x[4];
+      memcpy(x, &raw, sizeof(raw));
+      most_ = fmaxf(fmaxf(most_, fmaxf(x[0], x[1])), fmaxf(x[2], x[3]));
+    }
   }
-}
+  __device__ __forceinline__ float value() const {
+    if constexpr (sizeof(T) == 2) {
+      T both[2];
+      memcpy(both, &pair_, sizeof(pair_));
+      return fmaxf(to_arithmetic(both[0]), to_arithmetic(both[1]));
+    } else {
+      return most_;
+    }
+  }
+
+ private:
+  float most_ = -infinity<float>();
+  uint32_t pair_ = std::is_same_v<T, bfloat16> ? 0xff80ff80u : 0xfc00fc00u;  // -inf, twice
+};
 
 }  // namespace cuda
 }  // namespace pycdgkd

@@ -69,16 +69,16 @@ template <class T, int S, int R, bool reverse>
 bool start(DistillationArguments d, Stream stream) {
   constexpr auto kernel = cluster_rows_kernel<T, S, R, reverse>;
   const Shape shape = shape_of(d.K / kVector<T>, R);
-  // Slopes and distances of a vector's classes, 8 bytes each, take the places of their logits.
-  const int64_t rows = std::max<int64_t>(d.S + 1, 8 / static_cast<int64_t>(sizeof(T)));
-  const size_t staged = static_cast<size_t>(rows) * R * shape.threads * sizeof(uint4);
+  // Of a vector's classes, slopes and distances take the places of logits: 4 rows of 16 bits, or 2.
+  static_assert((S + 1) * sizeof(T) >= 8);
+  const size_t staged = static_cast<size_t>(S + 1) * R * shape.threads * sizeof(uint4);
   const size_t shared_bytes = sizeof(Shared<S, reverse>) + staged;
   if (shape.size == 0 || shared_bytes > device_limits().shared_bytes) return false;
   const unsigned most = resident<kernel>(shape, shared_bytes);
   if (most == 0) return false;
   const unsigned clusters = blocks_for(d.N, 1, most);
   // Small enough that all are done at about the same time.
-  d.chunk = blocks_for(d.N, std::min<int64_t>(32 * clusters, kMostChunks), INT32_MAX);
+  d.chunk = blocks_for(d.N, std::min<int64_t>(128 * clusters, kMostChunks), INT32_MAX);
   launch_clusters<kernel>(clusters, shape.size, shape.threads, shared_bytes, stream, d);
   return true;
 }

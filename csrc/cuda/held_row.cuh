@@ -38,24 +38,23 @@ class HeldRow {
     }
     __syncthreads();
     count_ = shared.count;
-    const int left = vectors_ - vector(0), step = static_cast<int>(blockDim.x);
-    held_ = left <= 0 ? 0 : (left > (R - 1) * step ? R : (left + step - 1) / step);
+    const int left = vectors_ - vector(0);
+    held_ = left <= 0 ? 0 : (left > (R - 1) * 32 ? R : (left + 31) / 32);
     meet(true);  // before one writes to another, which must have begun
   }
 
-  // Row i into shared memory. Each thread copies what it reads: no barrier is needed.
-  __device__ __forceinline__ void ask_for(int64_t i) const {
-    const unsigned step = blockDim.x * static_cast<unsigned>(sizeof(uint4));
-    char* to = reinterpret_cast<char*>(place(0, 0));
+  // The next row into shared memory. Each thread copies what it reads: no barrier is needed.
+  __device__ __forceinline__ void ask_for_next() const {
+    if (shared_.next_class >= 0) copy(shared_.next_rows);
+  }
+  __device__ __forceinline__ void copy(const uint4* const* rows) const {
 #pragma unroll 1
     for (int row = 0; row <= count_; ++row) {
-      const uint4* first = (row == 0 ? student(i) : source(row - 1, i)) + vector(0);
-      const char* from = reinterpret_cast<const char*>(first);
+      const uint4* from = rows[row] + vector(0);
+      uint4* to = place(row, 0);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (r < held_) copy_async(to, from);
-        to += step;
-        from += step;
+        if (r < held_) copy_async(to + r * 32, from + r * 32);
       }
     }
   }
@@ -88,11 +87,15 @@ class HeldRow {
   __device__ __forceinline__ void tell_next(int64_t next) const {
     shared_.next = next;
     shared_.next_class = next < d_.N ? class_of(d_.labels, next, d_.K) : -1;
+    tell_rows(next, shared_.next_rows);
+  }
+  __device__ __forceinline__ void tell_rows(int64_t i, const uint4** rows) const {
+    for (int row = 0; row <= count_; ++row) rows[row] = row == 0 ? student(i) : source(row - 1, i);
   }
   __device__ __forceinline__ void find_first() const {
     if (threadIdx.x == 0) tell_next(static_cast<int64_t>(blockIdx.x / size_) * d_.chunk);
     __syncthreads();
-    if (shared_.next_class >= 0) ask_for(shared_.next);
+    ask_for_next();
   }
   // By the last warp, as the first has more to do. The block meets afterwards.
   __device__ __forceinline__ void find_next() const {
@@ -115,7 +118,7 @@ class HeldRow {
     find_next();
     __syncthreads();
     leave_sums();
-    if (shared_.next_class >= 0) ask_for(shared_.next);
+    ask_for_next();
   }
 
   __device__ __forceinline__ void leave_sums() const {
@@ -127,8 +130,9 @@ class HeldRow {
   }
 
  protected:
+  // A warp has 32 R vectors in a row, so that those of a lane are a constant apart.
   __device__ __forceinline__ int vector(int r) const {
-    return begin_ + r * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    return begin_ + (warp_id() * R + r) * 32 + lane_id();
   }
   __device__ __forceinline__ const uint4* student(int64_t i) const {
     return reinterpret_cast<const uint4*>(static_cast<const T*>(d_.logits.data) +
@@ -141,15 +145,15 @@ class HeldRow {
 
   // Vector r of this thread's, of the student (0) or an active source.
   __device__ __forceinline__ uint4* place(int row, int r) const {
-    const auto at = static_cast<unsigned>(row * R + r) * blockDim.x + threadIdx.x;
+    const int at = (warp_id() * (S + 1) * R + row * R + r) * 32 + lane_id();
     return reinterpret_cast<uint4*>(dynamic_shared() + sizeof(Common)) + at;
   }
 
-  // This block's part of another row towards the L2 cache, a thread for each of its rows.
-  __device__ __forceinline__ void announce(int64_t i) const {
-    const int j = static_cast<int>(threadIdx.x) - 1;
-    if (j >= count_ || shared_.bytes == 0) return;
-    prefetch((j < 0 ? student(i) : source(j, i)) + begin_, shared_.bytes);
+  // This block's part of the next row towards the L2 cache, a thread for each of its rows.
+  __device__ __forceinline__ void announce_next() const {
+    const int j = static_cast<int>(threadIdx.x);
+    if (shared_.next_class < 0 || j > count_ || shared_.bytes == 0) return;
+    prefetch(shared_.next_rows[j] + begin_, shared_.bytes);
   }
 
   // told: whether this warp has written to other blocks since they met. Only then must it wait
@@ -162,17 +166,20 @@ class HeldRow {
     }
   }
 
+  // Of this thread's elements of a row.
+  __device__ __forceinline__ float largest_of(int row) const {
+    Largest<T> largest;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (r < held_) largest.add(*place(row, r));
+    }
+    return largest.value();
+  }
+
   __device__ __forceinline__ void find_maxima() {
     float mine[S + 1];
 #pragma unroll
-    for (int j = 0; j <= S; ++j) {
-      mine[j] = -infinity<float>();
-      if (j > count_) continue;
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (r < held_) mine[j] = larger<T>(mine[j], *place(j, r));
-      }
-    }
+    for (int j = 0; j <= S; ++j) mine[j] = j <= count_ ? largest_of(j) : -infinity<float>();
 #pragma unroll
     for (int j = 0; j <= S; ++j) {
       const float most = warp_largest(mine[j]);
