@@ -70,12 +70,11 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     return shared_.divergence;
   }
 
+  // e^x from e = e^(x / T). Where an exponential costs two instructions, asking for T costs more.
   __device__ __forceinline__ float plain(float x, float e) const {
-    return temperature_ == 2.0f
-               ? e * e
-               : (temperature_ == 1.0f
-                      ? e
-                      : exponential<exact>(x, Scale{1.44269504f, 1.925963033e-8f}));
+    constexpr Scale one{1.44269504f, 1.925963033e-8f};
+    if constexpr (!exact) return exponential<false>(x, one);
+    return temperature_ == 2.0f ? e * e : (temperature_ == 1.0f ? e : exponential<true>(x, one));
   }
 
   // e^(s - max) of the student's classes, x = s - max and e = e^(x / T); of the true class, which
@@ -83,7 +82,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
   template <bool usual>
   __device__ __forceinline__ void shares(int first, const float (&x)[W], const float (&e)[W],
                                          float own, float (&share)[W]) const {
-    if (temperature_ == 2.0f) {  // asked once, not of every class
+    if (exact && temperature_ == 2.0f) {  // asked once, not of every class
 #pragma unroll
       for (int v = 0; v < W; ++v) share[v] = e[v] * e[v];
     } else {

@@ -158,33 +158,51 @@ struct Softmax {
   }
 };
 
+// The first source from j on that has a weight; S where there is none.
+template <class A>
+__device__ __forceinline__ int next_active(const DistillationArguments& d, const A* weights,
+                                           int j) {
+  while (j < d.S && weights[j] == A(0)) ++j;
+  return j;
+}
+
+template <int C, class A>
+__device__ __forceinline__ void load_source(const DistillationArguments& d, int j, int64_t i,
+                                            A (&to)[C]) {
+  const Source& s = d.sources[j];
+  load_row(Matrix{s.data, s.row_stride, s.col_stride, d.dtypes[j]}, i, static_cast<int>(d.K), to);
+}
+
+// s: the row's logits. Of the sources the next one is on its way while one is worked on.
 template <int C, class A>
 __device__ __forceinline__ void thread_row(const DistillationArguments& d,
                                            const Factors<A>& factors, int64_t i, int y,
-                                           const A* weights, double& ce, double& kl) {
+                                           const A (&s)[C], const A* weights, double& ce,
+                                           double& kl) {
   const int K = static_cast<int>(d.K);
   const bool reverse = d.direction == Direction::reverse;
   const A temperature = static_cast<A>(d.temperature), inverse_temperature = A(1) / temperature;
-  A s[C], p[C], slope[C], divergence = A(0), mean = A(0);
-  load_row(d.logits, i, K, s);
+  A p[C], slope[C], next[C] = {}, divergence = A(0), mean = A(0);
+  int j = next_active(d, weights, 0);
+  const bool any = j < d.S;
+  if (any) load_source(d, j, i, next);
   const Softmax<C, A> student(s, K, inverse_temperature);
 #pragma unroll
   for (int k = 0; k < C; ++k) {
     p[k] = student.e[k] * (A(1) / student.total);
     slope[k] = A(0);
   }
-  bool any = false;
-  for (int j = 0; j < d.S; ++j) {
-    if (weights[j] == A(0)) continue;
-    any = true;
+  while (j < d.S) {
     A t[C];
-    load_row(
-        Matrix{d.sources[j].data, d.sources[j].row_stride, d.sources[j].col_stride, d.dtypes[j]}, i,
-        K, t);
+#pragma unroll
+    for (int k = 0; k < C; ++k) t[k] = next[k];
+    const A weight = weights[j];
+    j = next_active(d, weights, j + 1);
+    if (j < d.S) load_source(d, j, i, next);
     const Softmax<C, A> source(t, K, inverse_temperature);
     const A anchor = reverse ? element_of(t, student.first) : element_of(s, source.first);
-    const Ratio<A> ratio = ratio_of(reverse, weights[j], student.maximum, student.total,
-                                    source.maximum, source.total, anchor, inverse_temperature);
+    const Ratio<A> ratio = ratio_of(reverse, weight, student.maximum, student.total, source.maximum,
+                                    source.total, anchor, inverse_temperature);
 #pragma unroll
     for (int k = 0; k < C; ++k) {
       if (k < K) {
@@ -236,18 +254,22 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(A) == 4 ? 4 : 2)
     weights[j] = source_weight<A>(d, j);
   }
   __syncthreads();
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowThreads;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  A s[C] = {};
+  if (i < d.N) load_row(d.logits, i, static_cast<int>(d.K), s);  // arrives while rows are counted
   const double rows = rows_of_all(d);
   const Factors<A> factors = factors_of<A>(d, rows);
   double ce = 0.0, kl = 0.0;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x; i < d.N;
-       i += step) {
+  while (i < d.N) {
     const int y = class_of(d.labels, i, d.K);
     if (y < 0) {
       ignore_row<A>(d, i);
     } else {
-      thread_row<C>(d, factors, i, y, weights, ce, kl);
+      thread_row<C>(d, factors, i, y, s, weights, ce, kl);
     }
+    i += step;
+    if (i < d.N) load_row(d.logits, i, static_cast<int>(d.K), s);
   }
   combine_blocks<A>(d, rows, ce, kl);
 }
