@@ -44,7 +44,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     await_copies();
     find_maxima();
     add_up();
-    if (warp_id() == 0) settle();
+    settle();
     find_next();
     __syncthreads();
     announce_next();
@@ -210,34 +210,47 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     }
   }
 
-  // By the first warp: mean slope and divergence from the sums alone. Of a class, log q - log p is
-  // log_ratio_j less (s - max) - (t - anchor_j) over T (reverse) or (s - anchor_j) - (t - max_j)
-  // over T (forward). In double, as what is left of these may be small.
+  // Two warps work at once on what all others wait for.
   __device__ __forceinline__ void settle() const {
-    const int lane = lane_id();
-    const float true_logit = student_element<float>(d_, i_, y_);
-    if (lane < Q) {
-      double total = 0.0;
+    if (warp_id() == 0) settle_value();
+    if (warp_id() == (blockDim.x > 32 ? 1 : 0)) settle_gradient();
+  }
+
+  // Lane q's sum over the cluster.
+  __device__ __forceinline__ double own_total() const {
+    double total = 0.0;
+    if (lane_id() < Q) {
 #pragma unroll 8
-      for (unsigned rank = 0; rank < size_; ++rank) total += shared_.second[rank][lane];
+      for (unsigned rank = 0; rank < size_; ++rank) total += shared_.second[rank][lane_id()];
+    }
+    return total;
+  }
+
+  __device__ __forceinline__ static double from_lane(double value, int lane) {
+    return __shfl_sync(kAllLanes, value, lane);
+  }
+
+  // Divergence from the sums alone. Of a class, log q - log p is log_ratio_j less
+  // (s - max) - (t - anchor_j) over T (reverse) or (s - anchor_j) - (t - max_j) over T (forward).
+  // In double, as what is left of these may be small.
+  __device__ __forceinline__ void settle_value() const {
+    const int lane = lane_id();
+    const double total = own_total(), log_total = log_(lane < Q ? total : 1.0);
+    if (lane < Q) {
       shared_.totals[lane] = total;
       shared_.sums[lane] = static_cast<float>(total);
     }
-    __syncwarp();
-    const double* totals = shared_.totals;
-    // Lane j's source; all at once, for these take long.
-    const double student_log = log_(totals[0]);
-    const double source_log = log_(totals[2 + (lane < count_ ? lane : 0)]);
-    const double mean = reverse ? totals[2 + S] / totals[0] : 0.0;
+    const double ratio = from_lane(log_total, 0) - from_lane(log_total, 2 + lane);
+    const double source = from_lane(total, 2 + lane), gaps = from_lane(total, 2 + S + lane);
+    const double mean = reverse ? from_lane(total, 2 + S) / from_lane(total, 0) : 0.0;
     double part = 0.0;
     float magnitude = 0.0f;
     if (lane < count_) {
-      const double ratio = student_log - source_log + begin_of(lane);
-      const double weight = shared_.value_weights[lane];
-      const double gap = reverse ? 0.0 : shared_.unit * totals[2 + S + lane] / totals[2 + lane];
-      part = reverse ? -weight * ratio : weight * (ratio - gap);
+      const double log_ratio = ratio + begin_of(lane), weight = shared_.value_weights[lane];
+      const double gap = reverse ? 0.0 : shared_.unit * gaps / source;
+      part = reverse ? -weight * log_ratio : weight * (log_ratio - gap);
       magnitude = static_cast<float>(weight) *
-                  (1.0f + fabsf(static_cast<float>(ratio)) + fabsf(static_cast<float>(gap)));
+                  (1.0f + fabsf(static_cast<float>(log_ratio)) + fabsf(static_cast<float>(gap)));
     }
     const double divergence = count_ > 0 ? mean + warp_sum(part) : 0.0;
     magnitude = warp_sum(magnitude) + fabsf(static_cast<float>(mean));
@@ -247,17 +260,20 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
     const bool finite = divergence - divergence == 0.0;
     const bool large = count_ == 0 || shared_.divergence >= magnitude / 64.0f;
     shared_.verdict = finite ? (large ? Verdict::good : Verdict::cancels) : Verdict::infinite;
-    settle_gradient(true_logit, static_cast<float>(mean));
   }
 
-  // What all its classes share; the cross-entropy.
-  __device__ __forceinline__ void settle_gradient(float true_logit, float mean) const {
+  // What the gradient of all its classes shares; the cross-entropy.
+  __device__ __forceinline__ void settle_gradient() const {
+    const float true_logit = student_element<float>(d_, i_, y_);
+    const auto total = static_cast<float>(own_total());
+    const float sum = __shfl_sync(kAllLanes, total, 0), others = __shfl_sync(kAllLanes, total, 1);
+    const float mean = reverse ? __shfl_sync(kAllLanes, total, 2 + S) / sum : 0.0f;
+    if (lane_id() != 0) return;
     const Factors<float> factors = shared_.factors_of_rows;
-    const float x = true_logit - maxima_[0], others = shared_.sums[1];
-    const float true_exp = plain(x, exponential<exact>(x, scale_));
-    float kl = count_ > 0 ? factors.kl / shared_.sums[0] : 0.0f, total = 0.0f;
-    for (int j = 0; !reverse && j < count_; ++j) total += shared_.weights[j];
-    if (!reverse) kl *= total;
+    const float x = true_logit - maxima_[0], true_exp = plain(x, exponential<exact>(x, scale_));
+    float kl = count_ > 0 ? factors.kl / sum : 0.0f, weights = 0.0f;
+    for (int j = 0; !reverse && j < count_; ++j) weights += shared_.weights[j];
+    if (!reverse) kl *= weights;
     const bool labelled = d_.labels.data != nullptr;
     Gradient& g = shared_.gradient;
     g.kl = kl;
