@@ -10,7 +10,7 @@ template <class T, int S, int R, bool reverse>
 class ClusterRows : public HeldRow<T, S, R, reverse> {
   using Held = HeldRow<T, S, R, reverse>;
   using Held::anchors_, Held::announce_next, Held::ask_for_next, Held::copy, Held::count_;
-  using Held::d_, Held::ends_chunk;
+  using Held::copy_vector, Held::d_, Held::tell_chunk;
   using Held::find_first, Held::find_maxima, Held::find_next, Held::go_on, Held::held_, Held::i_;
   using Held::leads, Held::leave_sums, Held::maxima_, Held::meet, Held::pass_over;
   using Held::place, Held::rank_, Held::shared_, Held::size_, Held::take_chunk;
@@ -41,33 +41,37 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
  private:
   // Everything of row i, which was asked for; the next one is asked for.
   __device__ __forceinline__ void work_row() {
+    const unsigned chunk = take_chunk();
     await_copies();
     find_maxima();
-    add_up();
+    add_up(chunk);
     settle();
     find_next();
     __syncthreads();
     announce_next();
     const float divergence = write();
-    ask_for_next();
     if (!leads()) return;
     if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i_] = divergence;
     shared_.kl += static_cast<double>(divergence);
     leave_sums();
   }
 
-  // The gradient; by what formulas is for the sums to say. Returns the divergence, to the thread
-  // that leads.
+  // The gradient; by what formulas is for the sums to say. Meanwhile the next row is asked for.
+  // Returns the divergence, to the thread that leads.
   __device__ __forceinline__ float write() {
     const Verdict verdict = shared_.verdict;
-    if (verdict == Verdict::infinite || (!reverse && verdict == Verdict::cancels)) {
-      return once_more();
+    if (verdict == Verdict::good) {
+      d_.grad != nullptr ? write_gradient() : ask_for_next();
+      return shared_.divergence;
     }
-    if constexpr (reverse) {
-      if (verdict == Verdict::cancels) return write_close();
+    float divergence;
+    if (reverse && verdict == Verdict::cancels) {
+      divergence = write_close();
+    } else {
+      divergence = once_more();
     }
-    if (d_.grad != nullptr) write_gradient();
-    return shared_.divergence;
+    ask_for_next();
+    return divergence;
   }
 
   // e^x from e = e^(x / T). Where an exponential costs two instructions, asking for T costs more.
@@ -104,7 +108,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
 
   // ---- the second meeting ----
 
-  __device__ __forceinline__ void add_up() {
+  __device__ __forceinline__ void add_up(unsigned next_chunk) {
     float sums[Q] = {};
 #pragma unroll 1
     for (int r = 0; r < held_; ++r) is_usual(r) ? add<true>(r, sums) : add<false>(r, sums);
@@ -124,7 +128,7 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
         *in_block(&shared_.second[rank_][threadIdx.x], q) = total;
       }
     }
-    if (leads() && ends_chunk()) take_chunk();
+    tell_chunk(next_chunk);
     meet(warp_id() == 0);
   }
 
@@ -295,9 +299,11 @@ class ClusterRows : public HeldRow<T, S, R, reverse> {
 
   __device__ __forceinline__ void write_gradient() const {
     const Gradient g = shared_.gradient;
+    const bool more = shared_.next_class >= 0;
 #pragma unroll 1
     for (int r = 0; r < held_; ++r) {
       is_usual(r) ? write_vector<true>(r, g) : write_vector<false>(r, g);
+      if (more) copy_vector(shared_.next_rows, r);
     }
   }
 

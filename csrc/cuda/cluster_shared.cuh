@@ -45,10 +45,12 @@ struct alignas(16) Shared {
   double extra[kRanks][2 * S];
   double ce, kl, rows;  // sums of this chunk; rows that take part in all
   Factors<float> factors_of_rows;
-  double unit;     // 1 / T, as the exponentials have it after rounding
-  unsigned bytes;  // of a row, in this block
-  unsigned next_chunk;
-  int64_t next;  // row after this one, and its class
+  double unit;                              // 1 / T, as the exponentials have it after rounding
+  unsigned bytes;                           // of a row, in this block
+  unsigned chunk, next_chunk, ended_chunk;  // the present one, the one after it, the one before it
+  int64_t chunk_end;
+  bool begins_chunk;  // whether the next row does
+  int64_t next;       // row after this one, and its class
   int next_class;
   const uint4* next_rows[S + 1];     // its logits
   const uint4* present_rows[S + 1];  // those of the present one, if they are read once more

@@ -49,13 +49,12 @@ class HeldRow {
   }
   __device__ __forceinline__ void copy(const uint4* const* rows) const {
 #pragma unroll 1
-    for (int row = 0; row <= count_; ++row) {
-      const uint4* from = rows[row] + vector(0);
-      uint4* to = place(row, 0);
+    for (int r = 0; r < held_; ++r) copy_vector(rows, r);
+  }
+  __device__ __forceinline__ void copy_vector(const uint4* const* rows, int r) const {
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (r < held_) copy_async(to + r * 32, from + r * 32);
-      }
+    for (int row = 0; row <= S; ++row) {
+      if (row <= count_) copy_async(place(row, r), rows[row] + vector(r));
     }
   }
 
@@ -73,34 +72,49 @@ class HeldRow {
 
   __device__ __forceinline__ bool leads() const { return rank_ == 0 && threadIdx.x == 0; }
 
-  // By one thread or two: it is a division.
-  __device__ __forceinline__ bool ends_chunk() const {
-    return i_ + 1 == d_.N || (i_ + 1) % d_.chunk == 0;
+  // In the first row of a chunk, the number of the one after it: by the thread that leads, long
+  // before it is told, as the answer takes long.
+  __device__ __forceinline__ unsigned take_chunk() const {
+    if (!leads() || !shared_.begins_chunk) return 0;
+    return gridDim.x / size_ + atomicAdd(d_.counters + 1, 1u);
   }
-
-  // By the thread that leads; the others see it when they have met.
-  __device__ __forceinline__ void take_chunk() const {
-    const unsigned taken = gridDim.x / size_ + atomicAdd(d_.counters + 1, 1u);
+  // The others see it when they have met.
+  __device__ __forceinline__ void tell_chunk(unsigned taken) const {
+    if (!leads() || !shared_.begins_chunk) return;
     for (unsigned q = 0; q < size_; ++q) *in_block(&shared_.next_chunk, q) = taken;
   }
 
-  __device__ __forceinline__ void tell_next(int64_t next) const {
+  __device__ __forceinline__ void find_first() const {
+    if (threadIdx.x == 0) begin_chunk(blockIdx.x / size_);
+    __syncthreads();
+    ask_for_next();
+  }
+  // By the last warp, as the first ones have more to do. The block meets afterwards.
+  __device__ __forceinline__ void find_next() const {
+    if (threadIdx.x != blockDim.x - 32) return;
+    if (i_ + 1 == shared_.chunk_end) {
+      begin_chunk(shared_.next_chunk);
+    } else {
+      tell_next(i_ + 1, false);
+    }
+  }
+  __device__ __forceinline__ void begin_chunk(unsigned chunk) const {
+    const int64_t first = static_cast<int64_t>(chunk) * d_.chunk, end = first + d_.chunk;
+    shared_.ended_chunk = shared_.chunk;
+    shared_.chunk = chunk;
+    shared_.chunk_end = end < d_.N ? end : d_.N;
+    tell_next(first, true);
+  }
+  __device__ __forceinline__ void tell_next(int64_t next, bool begins_chunk) const {
     shared_.next = next;
-    shared_.next_class = next < d_.N ? class_of(d_.labels, next, d_.K) : -1;
+    shared_.begins_chunk = begins_chunk;
+    shared_.next_class = -1;
+    if (next >= d_.N) return;
+    shared_.next_class = class_of(d_.labels, next, d_.K);
     tell_rows(next, shared_.next_rows);
   }
   __device__ __forceinline__ void tell_rows(int64_t i, const uint4** rows) const {
     for (int row = 0; row <= count_; ++row) rows[row] = row == 0 ? student(i) : source(row - 1, i);
-  }
-  __device__ __forceinline__ void find_first() const {
-    if (threadIdx.x == 0) tell_next(static_cast<int64_t>(blockIdx.x / size_) * d_.chunk);
-    __syncthreads();
-    ask_for_next();
-  }
-  // By the last warp, as the first has more to do. The block meets afterwards.
-  __device__ __forceinline__ void find_next() const {
-    if (threadIdx.x != blockDim.x - 32) return;
-    tell_next(ends_chunk() ? shared_.next_chunk * d_.chunk : i_ + 1);
   }
 
   // False where there is none.
@@ -113,7 +127,7 @@ class HeldRow {
   __device__ __forceinline__ void pass_over() {
     ignore();
     meet(true);  // all have read who was next
-    if (leads() && ends_chunk()) take_chunk();
+    tell_chunk(take_chunk());
     meet(true);
     find_next();
     __syncthreads();
@@ -121,11 +135,11 @@ class HeldRow {
     ask_for_next();
   }
 
+  // If a chunk has ended.
   __device__ __forceinline__ void leave_sums() const {
-    if (!leads() || !ends_chunk()) return;
-    const int64_t chunk = i_ / d_.chunk;
-    d_.partials[2 * chunk] = shared_.ce;
-    d_.partials[2 * chunk + 1] = shared_.kl;
+    if (!leads() || !shared_.begins_chunk) return;
+    d_.partials[2 * shared_.ended_chunk] = shared_.ce;
+    d_.partials[2 * shared_.ended_chunk + 1] = shared_.kl;
     shared_.ce = shared_.kl = 0.0;
   }
 
