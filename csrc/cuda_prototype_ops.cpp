@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensors> prototype_loss(const Tensor& features, const
   Tensor statistics = device.empty({cuda::statistics_size(1)}, ScalarType::Double);
   Tensors saved;
   if (few) {
-    if (need_grad) saved = {device.empty({p.N, p.K}, args.arithmetic()), statistics};
+    if (need_grad) saved = {device.empty({p.N, p.K}, args.arithmetic()), statistics, p.centred};
   } else {
     centre(args, device, p, scale);
     const bool at_once = need_grad && !rows;  // the gradient of many row losses waits for weights
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> prototype_loss_backward(
   const Problem p(args, device, features, prototypes, labels, class_counts, ignore_index);
   args.grad_loss(grad_loss, p.N);
   const bool few = few_classes(p.K), rows = grad_loss.dim() == 1;
-  const size_t expected = few || !rows ? 2 : 0;
+  const size_t expected = few ? 3 : (rows ? 0 : 2);
   if (saved.size() != expected) {
     fail(args.op(), "saved", "what the forward op left: " + std::to_string(expected) + " tensors",
          std::to_string(saved.size()));
@@ -197,9 +197,9 @@ std::tuple<Tensor, Tensor> prototype_loss_backward(
       scale_unit_gradient(args, device, "saved[1]", grad_loss, saved[1], grad_prototypes);
     return {grad_features, grad_prototypes};
   }
-  centre(args, device, p, scale);
   const cuda::Values grad = device.values("grad_loss", grad_loss);
   if (!few) {
+    centre(args, device, p, scale);
     many_classes(device, p.many(args, scale, nullptr, nullptr),
                  {{2.0 * scale, grad, nullptr},
                   nullptr,
@@ -210,30 +210,23 @@ std::tuple<Tensor, Tensor> prototype_loss_backward(
   }
   args.saved("saved[0]", saved[0], {p.N, p.K}, args.arithmetic());
   args.saved("saved[1]", saved[1], {cuda::statistics_size(1)}, ScalarType::Double);
+  args.saved("saved[2]", saved[2], {centred_size(p.D, p.K)}, args.arithmetic());
+  const void* centred = saved[2].const_data_ptr();
   // The forward pass left 2 scale / max(rows, 1) as the coefficient of its one modality.
   const bool mean = static_cast<Reduction>(reduction) == Reduction::mean;
   const auto* coefficient = static_cast<const double*>(saved[1].const_data_ptr()) + 6;
   const cuda::Factor factor{mean ? 1.0 : 2.0 * scale, grad, mean ? coefficient : nullptr};
   if (need_features) {
-    const cuda::ModalityBackward modality{p.D,
-                                          factor,
-                                          saved[0].const_data_ptr(),
-                                          p.centred.const_data_ptr(),
-                                          grad_features.mutable_data_ptr(),
-                                          p.z.dtype};
+    const cuda::ModalityBackward modality{
+        p.D,      factor, saved[0].const_data_ptr(), centred, grad_features.mutable_data_ptr(),
+        p.z.dtype};
     cuda::teacher_backward({p.N, p.K, 1, args.wide(), {}, nullptr, nullptr, p.z.dtype, &modality},
                            device.stream());
   }
   if (need_prototypes) {
-    const cuda::PrototypeGrad problem{p.N,
-                                      p.D,
-                                      p.K,
-                                      args.wide(),
-                                      factor,
-                                      saved[0].const_data_ptr(),
-                                      p.z,
-                                      p.centred.const_data_ptr(),
-                                      grad_prototypes.mutable_data_ptr()};
+    const cuda::PrototypeGrad problem{p.N,         p.D,     p.K,
+                                      args.wide(), factor,  saved[0].const_data_ptr(),
+                                      p.z,         centred, grad_prototypes.mutable_data_ptr()};
     Tensor workspace = device.workspace(cuda::prototype_grad_bytes(problem));
     cuda::prototype_grad(problem, workspace.mutable_data_ptr(), device.stream());
   }

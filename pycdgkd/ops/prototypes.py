@@ -13,6 +13,7 @@ from .registration import (
     REDUCTIONS,
     STATISTICS,
     backward_kernel,
+    centred_size,
     is_final,
     kernel,
     new,
@@ -89,6 +90,7 @@ def _prototype_loss_fake(
             saved = [new(features, rows, classes)]
             if stays_on_device(features):
                 saved.append(new(features, STATISTICS, dtype=torch.float64))
+                saved.append(new(features, centred_size(features.shape[1], classes)))
         elif not by_row:
             wanted = ((features, need_features), (prototypes, need_prototypes))
             saved = [new(x, *x.shape) if need else new(x, 0) for x, need in wanted]

@@ -29,6 +29,16 @@ def new(like: Tensor, *shape: int | torch.SymInt, dtype: torch.dtype | None = No
     return like.new_empty(shape, dtype=dtype or arithmetic_dtype(like.dtype))
 
 
+def _padded(count: int | torch.SymInt) -> Any:
+    return (count + 15) // 16 * 16
+
+
+def centred_size(width: int | torch.SymInt, classes: int | torch.SymInt) -> Any:
+    """Elements of one modality's centred prototypes (csrc/kernels.h: CentrePrototypes)."""
+    rows = 3 if classes == 2 else classes
+    return (1 + rows) * _padded(width) + _padded(classes)
+
+
 def stays_on_device(tensor: Tensor) -> bool:
     """Whether an op on this tensor must not look at values on the host."""
     return tensor.device.type in UNSEEN_DEVICES

@@ -14,6 +14,7 @@ from .registration import (
     arithmetic_dtype,
     backward_kernel,
     can_look,
+    centred_size,
     is_final,
     kernel,
     new,
@@ -23,16 +24,6 @@ from .registration import (
     stays_on_device,
     wants_graph,
 )
-
-
-def _padded(count: int | torch.SymInt) -> Any:
-    return (count + 15) // 16 * 16
-
-
-def _centred_size(width: int | torch.SymInt, classes: int | torch.SymInt) -> Any:
-    """Elements of one modality's centred prototypes (csrc/kernels.h: CentrePrototypes)."""
-    rows = 3 if classes == 2 else classes
-    return (1 + rows) * _padded(width) + _padded(classes)
 
 
 def _teacher_loss_fake(
@@ -58,7 +49,7 @@ def _teacher_loss_fake(
     elif need_grad:
         saved = [
             new(logits, 4 + 3 * count, dtype=torch.float64),
-            new(logits, sum(_centred_size(z.shape[1], classes) for z in features)),
+            new(logits, sum(centred_size(z.shape[1], classes) for z in features)),
             new(logits, 1 + count if few else 1, rows, classes),
         ]
     return (
