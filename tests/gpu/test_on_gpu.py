@@ -81,6 +81,8 @@ class Batch:
 
 NAMES = ("teacher_loss", "teacher_loss of batch means", "prototype_loss", "distillation_loss")
 SHAPES = [pytest.param(128, 2, 512, id="paper"), pytest.param(300, 40, 33, id="many")]
+CLUSTERS = pytest.param(12, 9000, 8, id="clusters")  # of blocks, for a row each
+CHUNKS = pytest.param(700, 9000, 8, id="chunks")  # several for each of them
 
 
 def capture(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -100,7 +102,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(("N", "K", "D"), SHAPES)
+@pytest.mark.parametrize(("N", "K", "D"), [*SHAPES, CHUNKS])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_graph_replays_on_changing_inputs(name: str, N: int, K: int, D: int) -> None:
     """1000 times the same bits as eager calls: the counters are zero again after each replay."""
@@ -113,7 +115,7 @@ def test_a_graph_replays_on_changing_inputs(name: str, N: int, K: int, D: int) -
         assert same(results, step())
 
 
-@pytest.mark.parametrize(("N", "K", "D"), SHAPES)
+@pytest.mark.parametrize(("N", "K", "D"), [*SHAPES, CLUSTERS])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_host_never_waits(name: str, N: int, K: int, D: int) -> None:
     step = Batch(N, K, D).steps()[name]
@@ -136,7 +138,9 @@ def test_no_new_memory_in_steady_state(name: str) -> None:
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
 
 
-@pytest.mark.parametrize(("N", "K", "D"), [*SHAPES, pytest.param(20000, 7, 512, id="blocks")])
+@pytest.mark.parametrize(
+    ("N", "K", "D"), [*SHAPES, CHUNKS, pytest.param(20000, 7, 512, id="blocks")]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_every_time(name: str, N: int, K: int, D: int) -> None:
     step = Batch(N, K, D).steps()[name]
