@@ -14,17 +14,16 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     teacher_cluster_kernel(const __grid_constant__ Arguments a) {
   ask_for_rows<A>(a);
   read_operands<A>(a);
+  __syncthreads();
   cluster_barrier(false);  // from here on every block of the cluster is there to be written to
-  const Batch batch = count_batch(a);
-  const A factor = static_cast<A>(2.0 * a.scale * a.proto_weight /
-                                  (batch.active_rows > 1 ? batch.active_rows : 1));
+  const Batch<A> batch = count_batch<A>(a);
   await_copies();
   __syncthreads();
   if (has_means(a)) {
     a.K <= 2 ? add_classes<2, A>(a) : add_classes<8, A>(a);
     __syncthreads();
   }
-  centre_columns<A>(a, batch.active);
+  centre_columns<A>(a, batch);
   cross_entropy_rows<A>(a, batch);
   __syncthreads();
   a.C == 1 ? give_products<1, A>(a) : give_products<4, A>(a);
@@ -32,13 +31,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   cluster_barrier(true);  // products and norms
   prototype_rows<A>(a, batch.active);
   cluster_barrier(true);  // residuals, rates and losses; no block writes to another any more
+  give_logits_gradient<A>(a);
   add_rows<A>(a);
   __syncthreads();
   const double largest = largest_rate(a);
   if (cluster_rank() == 0 && warp_id() == static_cast<int>(blockDim.x) / 32 - 1) {
     give_results<A>(a, batch, largest);
   }
-  give_gradients<A>(a, factor, largest);
+  give_gradients<A>(a, batch.factor, largest);
 }
 
 // The largest cluster that a device runs with all the shared memory of its multiprocessors; 1:
@@ -96,6 +96,17 @@ size_t lay_out(Arguments& a, const Cluster& cluster) {
   const int side = threads / (a.columns > 0 ? a.columns : 1);  // chunks that are added side by side
   a.chunk = (fours + (side > 1 ? side : 1) - 1) / (side > 1 ? side : 1) * 4;
   a.chunks = (4 * fours + a.chunk - 1) / a.chunk;
+
+  const int vectors = a.columns / V;
+  a.wide = vectors < threads ? vectors : threads;
+  a.apart = a.wide > 0 ? threads / a.wide : 0;
+  a.by_wide = Divisor(a.wide);
+  a.by_columns = Divisor(a.columns);
+  a.by_N = Divisor(a.N);
+  a.by_K = Divisor(a.K);
+  a.by_M = Divisor(a.M);
+  a.by_MK = Divisor(a.M * a.K);
+  a.by_R = Divisor(a.R);
 
   const int64_t N = a.N, K = a.K, M = a.M, columns = a.columns;
   Room room;

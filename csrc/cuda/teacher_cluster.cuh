@@ -15,6 +15,26 @@ namespace {
 
 inline constexpr int kMostThreads = 512;
 
+// Divides by what a launch knows, without a division: exactly where the product of both is below
+// 2^32, which shared memory sees to.
+struct Divisor {
+  unsigned by, inverse;  // 2^32 / by, rounded up
+  Divisor() = default;
+  explicit Divisor(int count)
+      : by(count > 0 ? static_cast<unsigned>(count) : 1u),
+        inverse(by > 1 ? static_cast<unsigned>(((uint64_t{1} << 32) + by - 1) / by) : 0u) {}
+};
+
+struct Split {
+  int quotient, rest;
+};
+
+__device__ __forceinline__ Split split(int n, const Divisor& d) {
+  const auto product = static_cast<uint64_t>(static_cast<unsigned>(n)) * d.inverse;
+  const int quotient = d.by == 1 ? n : static_cast<int>(product >> 32);
+  return {quotient, n - quotient * static_cast<int>(d.by)};
+}
+
 // A modality of which a block owns W columns, which begin at `first` of its rows in shared memory.
 struct Part {
   int D, W, first;
@@ -30,7 +50,7 @@ struct Places {
   int sums;       // double (chunks, K, columns): of the classes
   int mean;       // A (columns)
   int centred;    // A (centred_rows(K), columns)
-  int logits;     // A (R, K)
+  int logits;     // A (R, K): of own rows, then their gradient
   int inverse;    // double (K): 1 / rows of the class
   int counted;    // int (warps, K): rows of each class that a warp has seen
   int classes;    // int8 (N, in whole fours)
@@ -51,6 +71,8 @@ struct Arguments {
   int columns;        // of a block, of all modalities
   int stride;         // of its rows: an odd number of vectors
   int chunk, chunks;  // of rows whose class sums are kept apart
+  int wide, apart;    // threads side by side along a row's vectors, rows of them
+  Divisor by_wide, by_columns, by_N, by_K, by_M, by_MK, by_R;
   double scale, proto_weight;
   Matrix logits;
   void* grad_logits;
@@ -79,37 +101,39 @@ struct Column {
   int m, index;  // modality, column of its matrix
 };
 
-// f(own column, row, rows apart) for each vector of columns that a thread has, and its first row.
+// f(own column, first row) for each vector of columns that a thread has; its rows are `apart`.
 template <int V, class F>
 __device__ __forceinline__ void for_columns(const Arguments& a, const F& f) {
-  const int vectors = a.columns / V, threads = static_cast<int>(blockDim.x);
-  const int t = static_cast<int>(threadIdx.x), wide = vectors < threads ? vectors : threads;
-  const int row = t / wide, apart = threads / wide;
-  if (row >= apart) return;
-  for (int v = t - row * wide; v < vectors; v += wide) f(v * V, row, apart);
+  const Split place = split(static_cast<int>(threadIdx.x), a.by_wide);
+  if (place.quotient >= a.apart) return;
+#pragma unroll 1
+  for (int own = place.rest * V; own < a.columns; own += a.wide * V) f(own, place.quotient);
 }
 
 // Asks for the features; they are there once await_copies and a barrier have passed.
 template <class A>
 __device__ __forceinline__ void ask_for_rows(const Arguments& a) {
   constexpr int V = kVector<A>;
-  for_columns<V>(a, [&](int own, int row, int apart) {
+  for_columns<V>(a, [&](int own, int row) {
     const Column column(a, own);
     const Part& part = a.parts[column.m];
     const Matrix& z = part.features;
-    const bool whole = part.vectors && column.index + V <= part.D;
-    const A* from = static_cast<const A*>(z.data) + column.index * z.col_stride;
-    A* to = shared<A>(a.at.rows) + own;
+    const int64_t step = a.apart * z.row_stride;
+    const A* from =
+        static_cast<const A*>(z.data) + row * z.row_stride + column.index * z.col_stride;
+    A* to = shared<A>(a.at.rows) + row * a.stride + own;
+    if (part.vectors && column.index + V <= part.D) {
 #pragma unroll 4
-    for (int i = row; i < a.N; i += apart) {
-      if (whole) {
-        copy_async(to + i * a.stride, from + i * z.row_stride);
-        continue;
+      for (int i = row; i < a.N; i += a.apart, from += step, to += a.apart * a.stride) {
+        copy_async(to, from);
       }
+      return;
+    }
+#pragma unroll 1
+    for (int i = row; i < a.N; i += a.apart, from += step, to += a.apart * a.stride) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const bool there = column.index + v < part.D;
-        to[i * a.stride + v] = there ? from[i * z.row_stride + v * z.col_stride] : A(0);
+        to[v] = column.index + v < part.D ? from[v * z.col_stride] : A(0);
       }
     }
   });
@@ -123,6 +147,7 @@ __device__ __forceinline__ void read_labels(const Arguments& a) {
   for (int first = warp_id() * 32; first < a.N; first += static_cast<int>(blockDim.x)) {
     const int i = first + lane, y = i < a.N ? class_of(a.labels, i, a.K) : -1;
     if (i < rows) classes[i] = static_cast<int8_t>(y);
+#pragma unroll 1
     for (int k = 0; k < a.K; ++k) {
       const int count = __popc(__ballot_sync(kAllLanes, y == k));
       mine += lane == k ? count : 0;
@@ -140,14 +165,14 @@ __device__ __forceinline__ void read_operands(const Arguments& a) {
   const int logits = (a.N - first_row < a.R ? a.N - first_row : a.R) * a.K;
   const int elements = has_means(a) ? 0 : a.K * a.columns;
   const auto logit = [&](int at) {
-    const int r = at / a.K, k = at - r * a.K;
+    const auto [r, k] = split(at, a.by_K);
     return load_element<A>(a.logits.data,
                            (first_row + r) * a.logits.row_stride + k * a.logits.col_stride,
                            a.logits.dtype);
   };
   const auto prototype = [&](int at) {
-    const int k = at / a.columns;
-    const Column column(a, at - k * a.columns);
+    const auto [k, own] = split(at, a.by_columns);
+    const Column column(a, own);
     const Part& part = a.parts[column.m];
     const Matrix& c = part.prototypes;
     if (column.index >= part.D || !is_active(a.counts, k)) return 0.0;
@@ -158,46 +183,64 @@ __device__ __forceinline__ void read_operands(const Arguments& a) {
   read_labels(a);
   if (t < logits) shared<A>(a.at.logits)[t] = first_logit;
   if (t < elements) shared<double>(a.at.sums)[t] = first_element;
+#pragma unroll 1
   for (int at = t + threads; at < logits; at += threads) shared<A>(a.at.logits)[at] = logit(at);
+#pragma unroll 1
   for (int at = t + threads; at < elements; at += threads) {
     shared<double>(a.at.sums)[at] = prototype(at);
   }
 }
 
-// What all lanes know of the batch.
+// What all threads know of the batch.
+template <class A>
 struct Batch {
-  unsigned active;        // classes that take part, a bit each
-  int rows, active_rows;  // with a class, with one that takes part
+  unsigned active;          // classes that take part, a bit each
+  int rows, active_rows;    // with a class, with one that takes part
+  double share;             // 1 / number of the classes that take part
+  A logits_factor, factor;  // of the logits' gradient, of the features' without lambda
 };
 
-// After a barrier. The first warp leaves what class sums are multiplied with.
-__device__ __forceinline__ Batch count_batch(const Arguments& a) {
+__device__ __forceinline__ int at_least_one(int count) { return count > 1 ? count : 1; }
+
+// After a barrier, while the features are on their way. The first warp leaves what class sums are
+// multiplied with.
+template <class A>
+__device__ __forceinline__ Batch<A> count_batch(const Arguments& a) {
   const int lane = lane_id(), warps = static_cast<int>(blockDim.x) / 32;
   const bool means = has_means(a), given = lane < a.K && (means || is_active(a.counts, lane));
   const int seen = (a.N + 31) / 32 < warps ? (a.N + 31) / 32 : warps;
   int count = 0;
-  for (int w = 0; w < seen; ++w) {
-    count += lane < a.K ? shared<int>(a.at.counted)[w * a.K + lane] : 0;
+#pragma unroll 1
+  for (int w = 0; lane < a.K && w < seen; ++w) {
+    count += shared<int>(a.at.counted)[w * a.K + lane];
   }
   const bool active = given && (!means || count > 0);
   if (warp_id() == 0 && lane < a.K) {
     shared<double>(a.at.inverse)[lane] = means && count > 0 ? 1.0 / count : 1.0;
   }
-  return {__ballot_sync(kAllLanes, active), warp_sum(count), warp_sum(active ? count : 0)};
+  Batch<A> batch;
+  batch.active = __ballot_sync(kAllLanes, active);
+  batch.rows = warp_sum(count);
+  batch.active_rows = warp_sum(active ? count : 0);
+  batch.share = 1.0 / at_least_one(__popc(batch.active));
+  batch.logits_factor = static_cast<A>((1.0 - a.proto_weight) / at_least_one(batch.rows));
+  batch.factor = static_cast<A>(2.0 * a.scale * a.proto_weight / at_least_one(batch.active_rows));
+  return batch;
 }
 
 // ---- Eq. 1 --------------------------------------------------------------------------------------
 
-// Class sums of own columns, C classes at a time, of each chunk of rows apart: in the arithmetic type
-// of 16 rows, of more in double.
+// Class sums of own columns, C classes at a time, of each chunk of rows apart: in the arithmetic
+// type of 16 rows, of more in double.
 template <int C, class A>
 __device__ __forceinline__ void add_classes(const Arguments& a) {
   const auto* classes = shared<int8_t>(a.at.classes);
   const int work = a.columns * a.chunks, rows = (a.N + 3) / 4 * 4;
   for (int at = static_cast<int>(threadIdx.x); at < work; at += static_cast<int>(blockDim.x)) {
-    const int chunk = at / a.columns, column = at - chunk * a.columns;
+    const auto [chunk, column] = split(at, a.by_columns);
     const int begin = chunk * a.chunk, end = begin + a.chunk < rows ? begin + a.chunk : rows;
     const A* z = shared<A>(a.at.rows) + column;
+#pragma unroll 1
     for (int first = 0; first < a.K; first += C) {
       double totals[C];
 #pragma unroll
@@ -207,16 +250,17 @@ __device__ __forceinline__ void add_classes(const Arguments& a) {
         A sums[C];
 #pragma unroll
         for (int c = 0; c < C; ++c) sums[c] = A(0);
-#pragma unroll
-        for (int i = some; i < some + 16; i += 4) {
+#pragma unroll(C > 2 ? 1 : 4)
+        for (int u = 0; u < 16; u += 4) {
+          const int i = some + u;
           if (i >= end) continue;
           int8_t k[4];
           memcpy(k, classes + i, 4);
 #pragma unroll
-          for (int u = 0; u < 4; ++u) {
-            const A x = z[(i + u) * a.stride];
+          for (int r = 0; r < 4; ++r) {
+            const A x = z[(i + r) * a.stride];
 #pragma unroll
-            for (int c = 0; c < C; ++c) sums[c] += k[u] == first + c ? x : A(0);
+            for (int c = 0; c < C; ++c) sums[c] += k[r] == first + c ? x : A(0);
           }
         }
 #pragma unroll
@@ -234,28 +278,30 @@ __device__ __forceinline__ void add_classes(const Arguments& a) {
 // Prototypes of own columns less their mean (../kernels.h: CentrePrototypes); the means of the
 // batch are not rounded before.
 template <class A>
-__device__ __forceinline__ void centre_columns(const Arguments& a, unsigned active) {
+__device__ __forceinline__ void centre_columns(const Arguments& a, const Batch<A>& batch) {
   const int chunks = has_means(a) ? a.chunks : 1, size = a.K * a.columns;
-  const double share = active != 0 ? 1.0 / __popc(active) : 0.0;
+  const auto is_on = [&](int k) { return (batch.active >> k & 1u) != 0; };
+#pragma unroll 1
   for (int column = static_cast<int>(threadIdx.x); column < a.columns;
        column += static_cast<int>(blockDim.x)) {
     double* sums = shared<double>(a.at.sums) + column;
     double total = 0.0;
+#pragma unroll 2
     for (int k = 0; k < a.K; ++k) {
       double sum = 0.0;
 #pragma unroll 4
       for (int chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * size + k * a.columns];
       sum *= shared<double>(a.at.inverse)[k];
       sums[k * a.columns] = sum;
-      total += (active >> k & 1u) != 0 ? sum : 0.0;
+      total += is_on(k) ? sum : 0.0;
     }
-    const A mean = static_cast<A>(total * share);
+    const A mean = static_cast<A>(total * batch.share);
     shared<A>(a.at.mean)[column] = mean;
     A* rows = shared<A>(a.at.centred) + column;
+#pragma unroll 2
     for (int k = 0; k < a.K; ++k) {
-      const double sum = sums[k * a.columns];
-      rows[k * a.columns] =
-          (active >> k & 1u) != 0 ? static_cast<A>(sum - static_cast<double>(mean)) : A(0);
+      const double shifted = sums[k * a.columns] - static_cast<double>(mean);
+      rows[k * a.columns] = is_on(k) ? static_cast<A>(shifted) : A(0);
     }
     if (a.K == 2) rows[2 * a.columns] = rows[0] - rows[a.columns];
   }
@@ -274,6 +320,7 @@ struct LaneSoftmax {
   __device__ __forceinline__ LaneSoftmax(A logit, int y, int width, int K) {
     const int k = lane_id() & (width - 1);
     A maximum = logit;
+#pragma unroll 1
     for (int bits = width / 2; bits > 0; bits >>= 1) {
       const A other = __shfl_xor_sync(kAllLanes, maximum, bits);
       maximum = other > maximum ? other : maximum;
@@ -283,6 +330,7 @@ struct LaneSoftmax {
     const A true_exp = __shfl_sync(kAllLanes, e, y);
     const bool other = k < K && k != y;
     A others = other ? e : A(0);
+#pragma unroll 1
     for (int bits = width / 2; bits > 0; bits >>= 1) {
       others += __shfl_xor_sync(kAllLanes, others, bits);
     }
@@ -294,22 +342,25 @@ struct LaneSoftmax {
 };
 
 // Cross-entropy of own rows, a warp a row, the last warp first: the first have columns to centre.
+// The gradient waits where the logits were: a barrier that passes on what was written would wait
+// for memory.
 template <class A>
-__device__ __forceinline__ void cross_entropy_rows(const Arguments& a, const Batch& batch) {
+__device__ __forceinline__ void cross_entropy_rows(const Arguments& a, const Batch<A>& batch) {
   const int warps = static_cast<int>(blockDim.x) / 32, k = lane_id() & (a.width - 1);
   const int first = static_cast<int>(cluster_rank()) * a.R;
-  const A factor = static_cast<A>((1.0 - a.proto_weight) / (batch.rows > 1 ? batch.rows : 1));
+#pragma unroll 1
   for (int r = warps - 1 - warp_id(); r < a.R && first + r < a.N; r += warps) {
-    const int i = first + r, y = shared<int8_t>(a.at.classes)[i];
+    const int y = shared<int8_t>(a.at.classes)[first + r];
+    A* own = shared<A>(a.at.logits) + r * a.K + k;
     LaneSoftmax<A> row;
     if (y >= 0) {
-      const A logit = k < a.K ? shared<A>(a.at.logits)[r * a.K + k] : -infinity<A>();
-      row = LaneSoftmax<A>(logit, y, a.width, a.K);
+      row = LaneSoftmax<A>(k < a.K ? *own : -infinity<A>(), y, a.width, a.K);
     }
-    if (lane_id() == 0) *in_block(shared<A>(a.at.ce) + i, 0) = row.loss;
-    if (a.grad_logits != nullptr && lane_id() < a.K) {
-      static_cast<A*>(a.grad_logits)[i * a.K + k] = factor == A(0) ? A(0) : factor * row.residual;
+    __syncwarp();  // the logits have been read
+    if (lane_id() < a.K) {
+      *own = batch.logits_factor == A(0) ? A(0) : batch.logits_factor * row.residual;
     }
+    if (lane_id() == 0) *in_block(shared<A>(a.at.ce) + first + r, 0) = row.loss;
   }
 }
 
@@ -319,7 +370,8 @@ __device__ __forceinline__ void give_products(const Arguments& a) {
   constexpr int V = kVector<A>;
   const int rank = static_cast<int>(cluster_rank()), work = a.N * a.M * ((a.C + G - 1) / G);
   for (int at = static_cast<int>(threadIdx.x); at < work; at += static_cast<int>(blockDim.x)) {
-    const int rest = at / a.N, i = at - rest * a.N, group = rest / a.M, m = rest - group * a.M;
+    const auto [rest, i] = split(at, a.by_N);
+    const auto [group, m] = split(rest, a.by_M);
     const int first = group * G, count = a.C - first < G ? a.C - first : G;
     const Part& part = a.parts[m];
     const A* z = shared<A>(a.at.rows) + i * a.stride + part.first;
@@ -328,7 +380,7 @@ __device__ __forceinline__ void give_products(const Arguments& a) {
     A sums[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) sums[g] = A(0);
-#pragma unroll 4
+#pragma unroll(G > 1 ? 1 : 4)
     for (int d = 0; d < part.W; d += V) {
       A x[V], shift[V];
       load_array<V>(z + d, x);
@@ -344,7 +396,7 @@ __device__ __forceinline__ void give_products(const Arguments& a) {
         for (int v = 0; v < V; ++v) sums[g] += x[v] * w[v];
       }
     }
-    const int owner = i / a.R, r = i - owner * a.R;
+    const auto [owner, r] = split(i, a.by_R);
     A* to = in_block(shared<A>(a.at.products) + ((rank * a.R + r) * a.M + m) * a.C + first,
                      static_cast<unsigned>(owner));
 #pragma unroll
@@ -361,11 +413,12 @@ __device__ __forceinline__ void give_norms(const Arguments& a) {
   const int rank = static_cast<int>(cluster_rank()), threads = static_cast<int>(blockDim.x);
   const int each = a.M * a.K, work = each * static_cast<int>(cluster_size());
   for (int at = threads - 1 - static_cast<int>(threadIdx.x); at < work; at += threads) {
-    const int to = at / each, mk = at - to * each, m = mk / a.K, k = mk - m * a.K;
+    const auto [to, mk] = split(at, a.by_MK);
+    const auto [m, k] = split(mk, a.by_K);
     const Part& part = a.parts[m];
     const A* y = shared<A>(a.at.centred) + k * a.columns + part.first;
     A sum = A(0);
-#pragma unroll 4
+#pragma unroll 2
     for (int d = 0; d < part.W; d += V) {
       A x[V];
       load_array<V>(y + d, x);
@@ -384,10 +437,12 @@ __device__ __forceinline__ A lane_logit(const Arguments& a, int r, int m, unsign
   const int k = lane_id() & (a.width - 1), ranks = static_cast<int>(cluster_size());
   const bool has_class = k < a.K;
   A product = A(0), norm = A(0);
+#pragma unroll 2
   for (int b = lane_id() / a.width; has_class && b < ranks; b += 32 / a.width) {
     product += shared<A>(a.at.products)[((b * a.R + r) * a.M + m) * a.C + (a.C == 1 ? 0 : k)];
     norm += shared<A>(a.at.norms)[(b * a.M + m) * a.K + k];
   }
+#pragma unroll 1
   for (int bits = a.width; bits < 32; bits <<= 1) {
     product += __shfl_xor_sync(kAllLanes, product, bits);
     norm += __shfl_xor_sync(kAllLanes, norm, bits);
@@ -408,14 +463,17 @@ template <class A>
 __device__ __forceinline__ void prototype_rows(const Arguments& a, unsigned active) {
   const int warps = static_cast<int>(blockDim.x) / 32, ranks = static_cast<int>(cluster_size());
   const int first = static_cast<int>(cluster_rank()) * a.R, k = lane_id() & (a.width - 1);
+#pragma unroll 1
   for (int at = warp_id(); at < a.R * a.M; at += warps) {
-    const int r = at / a.M, m = at - r * a.M, i = first + r;
+    const auto [r, m] = split(at, a.by_M);
+    const int i = first + r;
     if (i >= a.N) break;
     const int y = shared<int8_t>(a.at.classes)[i];
     LaneSoftmax<A> row;
     if (y >= 0 && (active >> y & 1u) != 0) {
       row = LaneSoftmax<A>(lane_logit<A>(a, r, m, active), y, a.width, a.K);
     }
+#pragma unroll 1
     for (int b = lane_id() / a.width; b < ranks; b += 32 / a.width) {
       const auto to = static_cast<unsigned>(b);
       A* residual = in_block(shared<A>(a.at.residuals) + (m * a.N + i) * a.C, to);
@@ -433,11 +491,13 @@ template <class A>
 __device__ __forceinline__ void add_rows(const Arguments& a) {
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int values = cluster_rank() == 0 ? 2 * a.M + 1 : a.M;
+#pragma unroll 1
   for (int v = warp_id(); v < values; v += warps) {
     const A* from = v < a.M       ? shared<A>(a.at.rates) + v * a.N
                     : v < 2 * a.M ? shared<A>(a.at.losses) + (v - a.M) * a.N
                                   : shared<A>(a.at.ce);
     double sum = 0.0;
+#pragma unroll 4
     for (int i = lane_id(); i < a.N; i += 32) sum += static_cast<double>(from[i]);
     sum = warp_sum(sum);
     if (lane_id() == 0) shared<double>(a.at.totals)[v] = sum;
@@ -447,6 +507,7 @@ __device__ __forceinline__ void add_rows(const Arguments& a) {
 __device__ __forceinline__ double largest_rate(const Arguments& a) {
   const double* rates = shared<double>(a.at.totals);
   double largest = rates[0];
+#pragma unroll 1
   for (int m = 1; m < a.M; ++m) {
     largest = rates[m] > largest || rates[m] != rates[m] ? rates[m] : largest;
   }
@@ -460,7 +521,7 @@ __device__ __forceinline__ void put(void* to, int at, double value) {
 
 // By one warp, a modality a lane.
 template <class A>
-__device__ __forceinline__ void give_results(const Arguments& a, const Batch& batch,
+__device__ __forceinline__ void give_results(const Arguments& a, const Batch<A>& batch,
                                              double largest) {
   const double* totals = shared<double>(a.at.totals);
   const int lane = lane_id(), m = lane < a.M ? lane : 0;
@@ -469,6 +530,7 @@ __device__ __forceinline__ void give_results(const Arguments& a, const Batch& ba
   // A modality of weight 0 takes no part, even where its own loss is NaN for want of rows.
   const double term = lambda != 0.0 ? a.proto_weight * lambda * mean : 0.0;
   double loss = (1.0 - a.proto_weight) * ce;
+#pragma unroll 1
   for (int n = 0; n < a.M; ++n) loss += __shfl_sync(kAllLanes, term, n);
   if (lane < a.M) {
     put<A>(a.results.losses, m, mean);
@@ -480,12 +542,24 @@ __device__ __forceinline__ void give_results(const Arguments& a, const Batch& ba
   put<A>(a.results.loss, 0, loss);
 }
 
+// Of own rows' logits.
+template <class A>
+__device__ __forceinline__ void give_logits_gradient(const Arguments& a) {
+  const int first = static_cast<int>(cluster_rank()) * a.R;
+  const int rows = a.N - first < a.R ? a.N - first : a.R;
+#pragma unroll 1
+  for (int at = static_cast<int>(threadIdx.x); a.grad_logits != nullptr && at < rows * a.K;
+       at += static_cast<int>(blockDim.x)) {
+    static_cast<A*>(a.grad_logits)[first * a.K + at] = shared<A>(a.at.logits)[at];
+  }
+}
+
 // grad_z_i = coefficient sum_c residual_ic y_c of own columns, four rows at a time; a coefficient
 // of 0 writes zeros.
 template <class A>
 __device__ __forceinline__ void give_gradients(const Arguments& a, A factor, double largest) {
   constexpr int V = kVector<A>, U = 4;
-  for_columns<V>(a, [&](int own, int row, int apart) {
+  for_columns<V>(a, [&](int own, int row) {
     const Column column(a, own);
     const Part& part = a.parts[column.m];
     if (part.grad == nullptr || column.index >= part.D) return;
@@ -495,19 +569,21 @@ __device__ __forceinline__ void give_gradients(const Arguments& a, A factor, dou
     const A* y = shared<A>(a.at.centred) + (a.K == 2 ? 2 * a.columns : 0) + own;
     const A* residuals = shared<A>(a.at.residuals) + column.m * a.N * a.C;
     A* grad = static_cast<A*>(part.grad) + column.index;
-    for (int first = row; first < a.N; first += U * apart) {
+#pragma unroll 1
+    for (int first = row; first < a.N; first += U * a.apart) {
       A sums[U][V];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int v = 0; v < V; ++v) sums[u][v] = A(0);
       }
+#pragma unroll 1
       for (int c = 0; coefficient != A(0) && c < a.C; ++c) {
         A w[V];
         load_array<V>(y + c * a.columns, w);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          const int i = first + u * apart;
+          const int i = first + u * a.apart;
           const A x = i < a.N ? coefficient * residuals[i * a.C + c] : A(0);
 #pragma unroll
           for (int v = 0; v < V; ++v) sums[u][v] += x * w[v];
@@ -515,7 +591,7 @@ __device__ __forceinline__ void give_gradients(const Arguments& a, A factor, dou
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int i = first + u * apart;
+        const int i = first + u * a.apart;
         if (i >= a.N) continue;
         if (part.grad_vectors) {
           store_array<V>(grad + i * part.D, sums[u]);
