@@ -142,10 +142,10 @@ bool run_small(const Arguments& args, const OnDevice& device, const Modalities& 
     parts.push_back({modalities.D[m], modalities.z[m],
                      given.matrices.empty() ? Matrix{} : given.matrices[m], grad(1 + m)});
   }
-  return cuda::small_teacher(
-      {modalities.N, modalities.K, static_cast<int64_t>(parts.size()), args.wide(), scale,
-       proto_weight, logits, parts.data(), labels, given.counts, grad(0), results},
-      device.stream());
+  return cuda::small_teacher({modalities.N, modalities.K, static_cast<int64_t>(parts.size()),
+                              args.wide(), scale, proto_weight, given.matrices.empty(), logits,
+                              parts.data(), labels, given.counts, grad(0), results},
+                             device.stream());
 }
 
 // By launches for the class means, for each modality of many classes, and for all that is left;

@@ -118,13 +118,14 @@ inline constexpr int64_t kMostSmallModalities = 8;
 struct SmallModality {
   int64_t D;
   Matrix features;    // of the arithmetic type
-  Matrix prototypes;  // null data: the class means of this batch
+  Matrix prototypes;  // (K, D), unless they are the class means of this batch
   void* grad;         // (N, D), contiguous, or null
 };
 struct SmallTeacher {
   int64_t N, K, M;  // K <= kFewClasses, M <= kMostSmallModalities
   bool wide;
   double scale, proto_weight;
+  bool batch_means;
   Matrix logits;
   const SmallModality* modalities;  // (M,) on the host
   Labels labels;

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const Batch<A> batch = count_batch<A>(a);
   await_copies();
   __syncthreads();
-  if (has_means(a)) {
+  if (a.batch_means) {
     a.K <= 2 ? add_classes<2, A>(a) : add_classes<8, A>(a);
     __syncthreads();
   }
@@ -151,6 +151,7 @@ bool small_teacher(const SmallTeacher& t, Stream stream) {
   a.M = static_cast<int>(t.M);
   a.scale = t.scale;
   a.proto_weight = t.proto_weight;
+  a.batch_means = t.batch_means;
   a.logits = t.logits;
   a.grad_logits = t.grad_logits;
   a.labels = t.labels;

@@ -74,6 +74,7 @@ struct Arguments {
   int wide, apart;    // threads side by side along a row's vectors, rows of them
   Divisor by_wide, by_columns, by_N, by_K, by_M, by_MK, by_R;
   double scale, proto_weight;
+  bool batch_means;  // Eq. 1, else prototypes are given
   Matrix logits;
   void* grad_logits;
   Labels labels;
@@ -86,10 +87,6 @@ struct Arguments {
 template <class T>
 __device__ __forceinline__ T* shared(int place) {
   return reinterpret_cast<T*>(dynamic_shared() + place);
-}
-
-__device__ __forceinline__ bool has_means(const Arguments& a) {
-  return a.parts[0].prototypes.data == nullptr;
 }
 
 // A vector's column of a block's rows, and what it is a column of.
@@ -163,7 +160,7 @@ __device__ __forceinline__ void read_operands(const Arguments& a) {
   const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int first_row = static_cast<int>(cluster_rank()) * a.R;
   const int logits = (a.N - first_row < a.R ? a.N - first_row : a.R) * a.K;
-  const int elements = has_means(a) ? 0 : a.K * a.columns;
+  const int elements = a.batch_means ? 0 : a.K * a.columns;
   const auto logit = [&](int at) {
     const auto [r, k] = split(at, a.by_K);
     return load_element<A>(a.logits.data,
@@ -207,7 +204,8 @@ __device__ __forceinline__ int at_least_one(int count) { return count > 1 ? coun
 template <class A>
 __device__ __forceinline__ Batch<A> count_batch(const Arguments& a) {
   const int lane = lane_id(), warps = static_cast<int>(blockDim.x) / 32;
-  const bool means = has_means(a), given = lane < a.K && (means || is_active(a.counts, lane));
+  const bool means = a.batch_means;
+  const bool given = lane < a.K && (means || is_active(a.counts, lane));
   const int seen = (a.N + 31) / 32 < warps ? (a.N + 31) / 32 : warps;
   int count = 0;
 #pragma unroll 1
@@ -279,7 +277,7 @@ __device__ __forceinline__ void add_classes(const Arguments& a) {
 // batch are not rounded before.
 template <class A>
 __device__ __forceinline__ void centre_columns(const Arguments& a, const Batch<A>& batch) {
-  const int chunks = has_means(a) ? a.chunks : 1, size = a.K * a.columns;
+  const int chunks = a.batch_means ? a.chunks : 1, size = a.K * a.columns;
   const auto is_on = [&](int k) { return (batch.active >> k & 1u) != 0; };
 #pragma unroll 1
   for (int column = static_cast<int>(threadIdx.x); column < a.columns;
