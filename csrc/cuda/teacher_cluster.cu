@@ -1,9 +1,9 @@
 // Eqs. 1-6 of a small batch in one launch of one cluster of blocks, the gradients for grad_loss = 1
 // among the results: at the paper's size a launch costs more than all arithmetic.
-#include "teacher_cluster.cuh"
-
 #include <map>
 #include <mutex>
+
+#include "teacher_cluster_steps.cuh"
 
 namespace pycdgkd {
 namespace cuda {
@@ -13,12 +13,14 @@ template <class A>
 __global__ void __launch_bounds__(kMostThreads, 1)
     teacher_cluster_kernel(const __grid_constant__ Arguments a) {
   ask_for_rows<A>(a);
-  read_operands<A>(a);
+  const bool may = read_operands<A>(a);
   __syncthreads();
   cluster_barrier(false);  // from here on every block of the cluster is there to be written to
-  const Batch<A> batch = count_batch<A>(a);
+  const int last_warp = static_cast<int>(blockDim.x) / 32 - 1;
+  if (warp_id() == last_warp) count_batch<A>(a, may);
   await_copies();
   __syncthreads();
+  const Batch<A>& batch = *shared<Batch<A>>(a.at.batch);
   if (a.batch_means) {
     a.K <= 2 ? add_classes<2, A>(a) : add_classes<8, A>(a);
     __syncthreads();
@@ -35,9 +37,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   add_rows<A>(a);
   __syncthreads();
   const double largest = largest_rate(a);
-  if (cluster_rank() == 0 && warp_id() == static_cast<int>(blockDim.x) / 32 - 1) {
-    give_results<A>(a, batch, largest);
-  }
+  if (cluster_rank() == 0 && warp_id() == last_warp) give_results<A>(a, batch, largest);
   give_gradients<A>(a, batch.factor, largest);
 }
 
@@ -123,6 +123,7 @@ size_t lay_out(Arguments& a, const Cluster& cluster) {
   a.at.logits = room.take(a.R * K * size);
   a.at.inverse = room.take(K * 8);
   a.at.counted = room.take(threads / 32 * K * 4);
+  a.at.batch = room.take(sizeof(Batch<A>));
   a.at.classes = room.take(4 * fours);
   a.at.products = room.take(static_cast<int64_t>(ranks) * a.R * M * a.C * size);
   a.at.norms = room.take(ranks * M * K * size);

@@ -11,7 +11,8 @@ from pycdgkd import _C  # noqa: F401  importing it registers the schemas and the
 
 FEW_CLASSES = 32  # csrc/cpu_modality.h: up to here an (N, K) residual is kept for the backward pass
 # Up to here the forward pass of teacher_loss makes the gradients at once: elements of all features
-# (csrc/cpu_teacher_ops.cpp) and, on a device, modalities and their rows (csrc/cuda_teacher_ops.cpp).
+# (csrc/cpu_teacher_ops.cpp) and, on a device, modalities and their rows
+# (csrc/cuda_teacher_ops.cpp).
 SMALL_FEATURES = 1 << 18
 SMALL_ROWS = 1024
 SMALL_MODALITIES = 8

@@ -163,7 +163,7 @@ def test_classes_that_take_no_part(name: str, K: int, given: bool) -> None:
     else:
         counts = torch.arange(K).roll(1)  # the class after the first
     chosen = prototypes if given else None
-    result = compare(logits, features, labels, chosen, class_counts=counts)
+    result = compare(logits, features, labels, chosen, class_counts=counts, scale=2.0)
     if name == "one class" and not given:
         assert result.convergence_rates.tolist() == [60.0, 60.0]
 
