@@ -1,5 +1,6 @@
 // Eqs. 1-6 of a small batch in one launch of one cluster of blocks, the gradients for grad_loss = 1
 // among the results: at the paper's size a launch costs more than all arithmetic.
+#include <algorithm>
 #include <map>
 #include <mutex>
 
@@ -75,12 +76,10 @@ struct Room {
   }
 };
 
-// Sizes and places for a cluster; returns the bytes of shared memory of a block.
+// Who does what: columns of a block, rows that it owns, chunks of rows for the class sums.
 template <class A>
-size_t lay_out(Arguments& a, const Cluster& cluster) {
+void divide(Arguments& a, int ranks, int threads) {
   constexpr int V = kVector<A>;
-  constexpr int64_t size = sizeof(A);
-  const int ranks = static_cast<int>(cluster.size), threads = static_cast<int>(cluster.threads);
   a.columns = 0;
   for (int m = 0; m < a.M; ++m) {
     Part& part = a.parts[m];
@@ -88,18 +87,16 @@ size_t lay_out(Arguments& a, const Cluster& cluster) {
     part.first = a.columns;
     a.columns += part.W;
   }
-  a.stride = (a.columns / V | 1) * V;
+  const int vectors = a.columns / V, fours = (a.N + 3) / 4;
+  a.stride = (vectors | 1) * V;
   a.R = (a.N + ranks - 1) / ranks;
   a.C = a.K == 2 ? 1 : a.K;
   for (a.width = 1; a.width < a.K;) a.width *= 2;
-  const int fours = (a.N + 3) / 4;
-  const int side = threads / (a.columns > 0 ? a.columns : 1);  // chunks that are added side by side
-  a.chunk = (fours + (side > 1 ? side : 1) - 1) / (side > 1 ? side : 1) * 4;
+  a.wide = std::clamp(vectors, 1, threads);
+  a.apart = threads / a.wide;
+  const int side = std::max(threads / std::max(a.columns, 1), 1);  // chunks that run side by side
+  a.chunk = (fours + side - 1) / side * 4;
   a.chunks = (4 * fours + a.chunk - 1) / a.chunk;
-
-  const int vectors = a.columns / V;
-  a.wide = vectors < threads ? vectors : threads;
-  a.apart = a.wide > 0 ? threads / a.wide : 0;
   a.by_wide = Divisor(a.wide);
   a.by_columns = Divisor(a.columns);
   a.by_N = Divisor(a.N);
@@ -107,7 +104,13 @@ size_t lay_out(Arguments& a, const Cluster& cluster) {
   a.by_M = Divisor(a.M);
   a.by_MK = Divisor(a.M * a.K);
   a.by_R = Divisor(a.R);
+}
 
+// Where everything lies; returns the bytes of shared memory of a block.
+template <class A>
+size_t lay_out(Arguments& a, int ranks, int threads) {
+  constexpr int64_t size = sizeof(A);
+  const int fours = (a.N + 3) / 4;
   const int64_t N = a.N, K = a.K, M = a.M, columns = a.columns;
   Room room;
   a.at.rows = room.take(4 * fours * a.stride * size);
@@ -117,7 +120,7 @@ size_t lay_out(Arguments& a, const Cluster& cluster) {
   a.at.residuals = again.take(M * N * a.C * size);
   a.at.rates = again.take(M * N * size);
   a.at.losses = again.take(M * N * size);
-  room.bytes = room.bytes > again.bytes ? room.bytes : again.bytes;
+  room.bytes = std::max(room.bytes, again.bytes);
   a.at.mean = room.take(columns * size);
   a.at.centred = room.take(centred_rows(K) * columns * size);
   a.at.logits = room.take(a.R * K * size);
@@ -136,7 +139,9 @@ template <class A>
 bool start(Arguments& a, Stream stream) {
   const Cluster cluster = cluster_of_device<teacher_cluster_kernel<A>>();
   if (cluster.size == 1) return false;
-  const size_t bytes = lay_out<A>(a, cluster);
+  const int ranks = static_cast<int>(cluster.size), threads = static_cast<int>(cluster.threads);
+  divide<A>(a, ranks, threads);
+  const size_t bytes = lay_out<A>(a, ranks, threads);
   if (a.columns == 0 || bytes > cluster.shared_bytes) return false;
   launch_clusters<teacher_cluster_kernel<A>>(1, cluster.size, cluster.threads, bytes, stream, a);
   return true;
