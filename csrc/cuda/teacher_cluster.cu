@@ -14,11 +14,11 @@ template <class A>
 __global__ void __launch_bounds__(kMostThreads, 1)
     teacher_cluster_kernel(const __grid_constant__ Arguments a) {
   ask_for_rows<A>(a);
-  const bool may = read_operands<A>(a);
+  const int64_t given = read_operands<A>(a);
   __syncthreads();
   cluster_barrier(false);  // from here on every block of the cluster is there to be written to
   const int last_warp = static_cast<int>(blockDim.x) / 32 - 1;
-  if (warp_id() == last_warp) count_batch<A>(a, may);
+  if (warp_id() == last_warp) count_batch<A>(a, given);
   await_copies();
   __syncthreads();
   const Batch<A>& batch = *shared<Batch<A>>(a.at.batch);

@@ -163,10 +163,10 @@ struct Batch {
   A logits_factor, factor;  // of the logits' gradient, of the features' without lambda
 };
 
-// Own rows' logits, and given prototypes where class sums would be; whether the lane's class may
-// take part. What a thread reads first is asked for before any label is waited for.
+// Own rows' logits, and given prototypes where class sums would be; returns the given count of the
+// lane's class, 1 without. What a thread reads first is asked for before any of it is waited for.
 template <class A>
-__device__ __forceinline__ bool read_operands(const Arguments& a) {
+__device__ __forceinline__ int64_t read_operands(const Arguments& a) {
   const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int first_row = static_cast<int>(cluster_rank()) * a.R;
   const int logits = (a.N - first_row < a.R ? a.N - first_row : a.R) * a.K;
@@ -185,7 +185,8 @@ __device__ __forceinline__ bool read_operands(const Arguments& a) {
     if (column.index >= part.D) return A(0);
     return load_element<A>(c.data, k * c.row_stride + column.index * c.col_stride, c.dtype);
   };
-  const bool may = lane_id() < a.K && is_active(a.counts, lane_id());
+  const bool counted = a.counts.data != nullptr && lane_id() < a.K;
+  const int64_t count = counted ? a.counts.data[lane_id() * a.counts.stride] : 1;
   const A first_logit = t < logits ? logit(t) : A(0);
   const A first_element = t < elements ? prototype(t) : A(0);
   read_labels(a);
@@ -197,15 +198,15 @@ __device__ __forceinline__ bool read_operands(const Arguments& a) {
   for (int at = t + threads; at < elements; at += threads) {
     shared<double>(a.at.sums)[at] = static_cast<double>(prototype(at));
   }
-  return may;
+  return count;
 }
 
 __device__ __forceinline__ int at_least_one(int count) { return count > 1 ? count : 1; }
 
-// By one warp, after a barrier, while the features are on their way; `may` as read_operands tells
-// it. Also leaves what class sums are multiplied with.
+// By one warp, after a barrier, while the features are on their way; `given` as read_operands
+// returns it. Also leaves what class sums are multiplied with.
 template <class A>
-__device__ __forceinline__ void count_batch(const Arguments& a, bool may) {
+__device__ __forceinline__ void count_batch(const Arguments& a, int64_t given) {
   const int lane = lane_id(), warps = static_cast<int>(blockDim.x) / 32;
   const int seen = (a.N + 31) / 32 < warps ? (a.N + 31) / 32 : warps;
   int count = 0;
@@ -213,7 +214,7 @@ __device__ __forceinline__ void count_batch(const Arguments& a, bool may) {
   for (int w = 0; w < seen; ++w) {
     count += lane < a.K ? shared<int>(a.at.counted)[w * a.K + lane] : 0;
   }
-  const bool active = may && (!a.batch_means || count > 0);
+  const bool active = lane < a.K && given > 0 && (!a.batch_means || count > 0);
   if (lane < a.K) {
     shared<double>(a.at.inverse)[lane] = a.batch_means ? 1.0 / at_least_one(count) : 1.0;
   }
