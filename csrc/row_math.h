@@ -305,13 +305,17 @@ PYCDGKD_HD A cross_entropy(A maximum, A true_logit, A true_exp, A others) {
   return log_of_sum(true_exp, others) + (maximum - true_logit);
 }
 
-// Eq. 6 for any number of modalities: clip((max_j r_j - r_m) / r_m, 0, 1).
+// Eq. 6 for any number of modalities: clip(gap / r_m, 0, 1) with gap = max_j r_j - r_m.
 template <class A>
-PYCDGKD_HD A modality_weight(A largest_rate, A rate) {
-  const A gap = largest_rate - rate;
+PYCDGKD_HD A weight_of_gap(A gap, A rate) {
   const A ratio = gap / rate;
   const A clipped = ratio < A(0) ? A(0) : (ratio < A(1) ? ratio : A(1));
   return gap > A(0) ? clipped : (gap == gap ? A(0) : gap);
+}
+
+template <class A>
+PYCDGKD_HD A modality_weight(A largest_rate, A rate) {
+  return weight_of_gap(largest_rate - rate, rate);
 }
 
 }  // namespace PYCDGKD_ISA

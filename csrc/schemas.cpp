@@ -37,6 +37,7 @@ STABLE_TORCH_LIBRARY(pycdgkd, m) {
       " Tensor labels, Tensor? class_counts, float scale, int ignore_index, int[] need_features,"
       " bool need_prototypes)"
       " -> (Tensor grad_logits, Tensor[] grad_features, Tensor[] grad_prototypes)");
+  m.def("scale_unit_grads_(Tensor(a!)[] unit_grads, Tensor grad_loss) -> ()");
 
   m.def(
       "multi_source_kl(Tensor logits, Tensor[] sources, Tensor? source_weights, float temperature,"

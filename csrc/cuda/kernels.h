@@ -93,7 +93,7 @@ struct Results {
   void* losses;         // (M,)
   void* rates;          // (M,)
   void* weights;        // (M,)
-  double* statistics;   // (statistics_size(M),), never null
+  double* statistics;   // (statistics_size(M),), never null in Teacher
 };
 
 // Eqs. 2-6 in one launch. Of more than kFewClasses classes, many_classes was launched for each
@@ -112,6 +112,44 @@ struct Teacher {
 };
 size_t teacher_bytes(const Teacher&);
 void teacher(const Teacher&, void* workspace, Stream);
+
+// Eqs. 1-6 of a small batch in one launch, which also makes the gradients for grad_loss = 1.
+inline constexpr int64_t kMostSmallModalities = 8;
+struct SmallModality {
+  int64_t D;
+  Matrix features;    // of the arithmetic type
+  Matrix prototypes;  // (K, D), unless they are the class means of this batch
+  void* grad;         // (N, D), contiguous, or null
+};
+struct SmallTeacher {
+  int64_t N, K, M;  // K <= kFewClasses, M <= kMostSmallModalities
+  bool wide;
+  double scale, proto_weight;
+  bool batch_means;
+  Matrix logits;
+  const SmallModality* modalities;  // (M,) on the host
+  Labels labels;
+  ClassCounts counts;
+  void* grad_logits;  // (N, K), contiguous, or null
+  Results results;    // without statistics
+};
+// False, and nothing done, where the device has no cluster of blocks that holds the batch.
+bool small_teacher(const SmallTeacher&, Stream);
+
+// grad = factor unit, for M arrays in one launch; zeros for a factor 0.
+struct ScaledGrad {
+  int64_t count;
+  const void* unit;  // of the arithmetic type
+  void* grad;        // of dtype; `unit` itself is scaled in place
+  Dtype dtype;
+};
+struct ScaleGrads {
+  int64_t M;
+  bool wide;
+  Values factor;            // one value
+  const ScaledGrad* grads;  // (M,) on the host
+};
+void scale_grads(const ScaleGrads&, Stream);
 
 // Eq. 6 for M rates.
 void modality_weights(const Values& rates, int64_t M, bool wide, void* weights, Stream);

@@ -10,7 +10,12 @@ from torch import Tensor
 from pycdgkd import _C  # noqa: F401  importing it registers the schemas and the kernels
 
 FEW_CLASSES = 32  # csrc/cpu_modality.h: up to here an (N, K) residual is kept for the backward pass
-SMALL_FEATURES = 1 << 18  # csrc/cpu_teacher_ops.cpp: up to here gradients are made at once
+# Up to here the forward pass of teacher_loss makes the gradients at once: elements of all features
+# (csrc/cpu_teacher_ops.cpp) and, on a device, modalities and their rows
+# (csrc/cuda_teacher_ops.cpp).
+SMALL_FEATURES = 1 << 18
+SMALL_ROWS = 1024
+SMALL_MODALITIES = 8
 STATISTICS = 7  # csrc/cuda/kernels.h: statistics_size(1)
 # Devices whose values the host does not wait to see: there forward ops also leave what only the
 # device knows (the number of rows that take part) for their backward ops.

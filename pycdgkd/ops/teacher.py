@@ -11,12 +11,15 @@ from torch import Tensor
 from .registration import (
     FEW_CLASSES,
     SMALL_FEATURES,
+    SMALL_MODALITIES,
+    SMALL_ROWS,
     arithmetic_dtype,
     backward_kernel,
     can_look,
     centred_size,
     is_final,
     kernel,
+    may_take_over,
     new,
     register,
     register_differentiable,
@@ -24,6 +27,16 @@ from .registration import (
     stays_on_device,
     wants_graph,
 )
+
+
+def _makes_gradients(logits: Tensor, features: Sequence[Tensor]) -> bool:
+    """Whether the forward pass of such a batch leaves the gradients for grad_loss = 1."""
+    rows, classes = logits.shape
+    dtype, count = arithmetic_dtype(logits.dtype), len(features)
+    small = classes <= FEW_CLASSES and sum(z.numel() for z in features) <= SMALL_FEATURES
+    if stays_on_device(logits):
+        small = small and count <= SMALL_MODALITIES and count * rows <= SMALL_ROWS
+    return small and all(z.dtype == dtype for z in features)
 
 
 def _teacher_loss_fake(
@@ -40,11 +53,8 @@ def _teacher_loss_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     rows, classes = logits.shape
     count, few = len(features), classes <= FEW_CLASSES
-    dtype = arithmetic_dtype(logits.dtype)
-    small = few and sum(z.numel() for z in features) <= SMALL_FEATURES
-    small = small and not stays_on_device(logits)
     saved = []
-    if need_grad and not need_prototypes and small and all(z.dtype == dtype for z in features):
+    if need_grad and not need_prototypes and _makes_gradients(logits, features):
         saved = [new(logits, *logits.shape), *(new(z, *z.shape) for z in features)]
     elif need_grad:
         saved = [
@@ -89,6 +99,10 @@ class _TeacherLoss(torch.autograd.Function):
         labels, class_counts, logits, *rest = ctx.saved_tensors
         features, saved = rest[: ctx.modalities], rest[ctx.modalities :]
         if saved[0].dim() == 2:  # gradients made at once
+            if may_take_over(grad_loss, saved[0], logits):
+                asked = [grad for grad, want in zip(saved, (True, *wanted), strict=True) if want]
+                kernel(_scale_unit_grads, asked, grad_loss)
+                return *[None] * 5, *saved, *[None] * ctx.prototypes
             if is_final(grad_loss, saved[0], logits):
                 return *[None] * 5, *saved, *[None] * ctx.prototypes
         elif can_look(grad_loss):
@@ -161,5 +175,7 @@ def _teacher_loss_backward_fake(
 
 _teacher_loss = torch.ops.pycdgkd.teacher_loss.default
 _teacher_loss_backward = torch.ops.pycdgkd.teacher_loss_backward.default
+_scale_unit_grads = torch.ops.pycdgkd.scale_unit_grads_.default
+torch.library.register_fake("pycdgkd::scale_unit_grads_", lambda *_: None)
 register_differentiable("teacher_loss", _teacher_loss_fake, teacher_loss)
 register("teacher_loss_backward", _teacher_loss_backward_fake)
