@@ -178,7 +178,8 @@ def replayed(step: Step) -> Step | None:
     try:
         with torch.cuda.graph(graph):
             step()
-    except RuntimeError:
+    except RuntimeError as error:
+        print(f"  no graph: {str(error)[:300]}")
         torch.cuda.synchronize()
         return None
     return graph.replay

@@ -197,19 +197,6 @@ __device__ __forceinline__ void logits_of(const A (&products)[C], const Centred<
   }
 }
 
-// R rows from `first` on towards the L2 cache, a lane each, unless those of all warps would not
-// fit.
-template <int R>
-__device__ __forceinline__ void announce_rows(const Part& part, int64_t first, int64_t N) {
-  constexpr int64_t most = 16384;  // bytes of a warp
-  const Matrix& features = part.modality.features;
-  const int64_t size = element_size(features.dtype);
-  const int64_t bytes = part.modality.D * size / 16 * 16, i = first + lane_id();
-  if (!part.vectors || lane_id() >= R || i >= N || bytes == 0 || bytes * R > most) return;
-  prefetch(static_cast<const char*>(features.data) + i * features.row_stride * size,
-           static_cast<unsigned>(bytes));
-}
-
 // A warp takes a.groups times R rows; when their products are known, each lane finishes a row. The
 // warps of a block lie far apart among the rows: so every multiprocessor has as many of them.
 template <class A, int C, int R>
@@ -236,7 +223,6 @@ __device__ __forceinline__ Sums lane_rows(const Arguments& a, const Part& part,
 #pragma unroll 1
     for (int begin = 0; begin < chunk; begin += R) {
       if ((active >> begin & ((1u << R) - 1u)) == 0) continue;
-      announce_rows<R>(part, first + (begin + R < chunk ? begin + R : step), a.N);
       // The last rows come with rows before them, whose products are the same once more.
       const int from = static_cast<int>(first + begin + R <= a.N ? begin : a.N - R - first);
       A acc[R][C];

@@ -80,7 +80,7 @@ inline bool is_aligned(const void* address, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) == 0;
 }
 
-PYCDGKD_HD int64_t element_size(Dtype dtype) {
+inline int64_t element_size(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : (dtype == Dtype::float32 ? 4 : 2);
 }
 

@@ -50,12 +50,12 @@ def plan(
     ops = {"PYCDGKD_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1"}
     spread = ["-n", str(workers)] if workers > 1 else []
     chosen = ["tests/ops", "-k", "not process_group"]
-    stages.append(Stage("op tests", [*pytest, *spread, *chosen], 110, ops))
-    stages.append(Stage("on the GPU", [*pytest, "tests/gpu/test_on_gpu.py"], 50))
+    stages.append(Stage("op tests", [*pytest, *spread, *chosen], 80, ops))
+    stages.append(Stage("on the GPU", [*pytest, "tests/gpu/test_on_gpu.py"], 60))
     for tool in ("memcheck", "racecheck") if sanitizer else ():
         check = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--target-processes=all"]
-        stages.append(Stage(tool, [*check, *pytest, f"tests/gpu/{REDUCED}"], 50))
-    stages.append(Stage("benchmark", [python, "benchmarks/gpu.py"], 185))
+        stages.append(Stage(tool, [*check, *pytest, f"tests/gpu/{REDUCED}"], 35))
+    stages.append(Stage("benchmark", [python, "benchmarks/gpu.py"], 235))
     return stages
 
 

@@ -81,8 +81,8 @@ class Batch:
 
 NAMES = ("teacher_loss", "teacher_loss of batch means", "prototype_loss", "distillation_loss")
 SHAPES = [pytest.param(128, 2, 512, id="paper"), pytest.param(300, 40, 33, id="many")]
-CLUSTERS = pytest.param(12, 9000, 8, id="clusters")  # of blocks, for a row each
-CHUNKS = pytest.param(700, 9000, 8, id="chunks")  # several for each of them
+CLUSTERS = pytest.param(3, 4400, 8, id="clusters")  # of blocks, for a row each
+CHUNKS = pytest.param(300, 4400, 8, id="chunks")  # several for each of them
 
 
 def capture(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -109,7 +109,7 @@ def test_a_graph_replays_on_changing_inputs(name: str, N: int, K: int, D: int) -
     batch = Batch(N, K, D)
     step = batch.steps()[name]
     graph, results = capture(step)
-    for _ in range(1000):
+    for _ in range(1000 if K < 1000 else 50):
         batch.refill()
         graph.replay()
         assert same(results, step())
