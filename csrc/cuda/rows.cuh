@@ -72,8 +72,11 @@ __device__ __forceinline__ auto with_labels(const Labels& labels, const Body& bo
 // Class of row i, -1 where it is ignored; a label out of range ends the kernel.
 __device__ __forceinline__ int class_of(const Labels& labels, int64_t i, int64_t K) {
   if (labels.data == nullptr) return 0;
-  const int64_t label = with_labels(
-      labels, [&](const auto* data) { return static_cast<int64_t>(data[i * labels.stride]); });
+  const int64_t at = i * labels.stride;
+  const int64_t label =
+      labels.type == LabelType::int64   ? static_cast<const int64_t*>(labels.data)[at]
+      : labels.type == LabelType::int32 ? static_cast<const int32_t*>(labels.data)[at]
+                                        : static_cast<const uint8_t*>(labels.data)[at];
   if (label == labels.ignore_index) return -1;
   require(label >= 0 && label < K);
   return static_cast<int>(label);
