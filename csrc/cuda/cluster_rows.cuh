@@ -13,9 +13,10 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
   using Held::announce_next, Held::ask_for_next, Held::copy, Held::copy_vector, Held::find_first;
   using Held::find_maxima, Held::find_next, Held::go_on, Held::leads, Held::leave_sums;
   using Held::pass_over, Held::take_chunk;
-  using Sums::add_up, Sums::anchors_, Sums::begin_of, Sums::count_, Sums::d_, Sums::exact;
+  using Sums::add_up, Sums::anchors_, Sums::count_, Sums::d_, Sums::exact;
   using Sums::factors_, Sums::held_, Sums::i_, Sums::is_usual, Sums::maxima_, Sums::meet;
-  using Sums::parts, Sums::place, Sums::plain, Sums::rank_, Sums::scale_, Sums::settle;
+  using Sums::parts, Sums::place, Sums::plain, Sums::ratio_at_anchor, Sums::rank_, Sums::scale_,
+      Sums::settle;
   using Sums::shared_, Sums::size_, Sums::V, Sums::vector, Sums::W, Sums::y_;
 
  public:
@@ -119,7 +120,7 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       if (!usual && j >= count_) continue;
-      const float weight = kl * shared_.weights[j] / shared_.sums[2 + j];
+      const float weight = kl * shared_.source_shares[j];
       float t[W];
       unpack_part<T>(*place(1 + j, r), h, t);
 #pragma unroll
@@ -258,7 +259,7 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
     const float offset = maxima_[0] - anchors_[slot];
     const double lost = static_cast<double>(maxima_[0]) - static_cast<double>(anchors_[slot]) -
                         static_cast<double>(offset);
-    return m - lost * shared_.unit - begin_of(slot) -
+    return m - lost * shared_.unit - ratio_at_anchor(slot) -
            log_(shared_.totals[0] / shared_.totals[2 + slot]);
   }
 

@@ -10,7 +10,7 @@ namespace pycdgkd {
 namespace cuda {
 
 inline constexpr int kWarps = 16, kRanks = 16, kMostSlots = 8;
-inline constexpr float kLn2 = 0.693147180559945309f;
+inline constexpr double kLn2 = 0.693147180559945309;
 
 // Of one block, and then of the row: the maxima (0: the student's) and what ratio_of wants of each
 // source: reverse, the source where the student is largest; forward, the student where the source
@@ -54,7 +54,7 @@ struct alignas(16) Shared {
   int next_class;
   const uint4* next_rows[S + 1];     // its logits
   const uint4* present_rows[S + 1];  // those of the present one, if they are read once more
-  // Of the row, as its first warp finds them.
+  // Of the row, as its first two warps find them.
   double totals[kSums<S, reverse>];
   float maxima[S + 1], anchors[S], sums[kSums<S, reverse>], divergence;
   Verdict verdict;
@@ -62,6 +62,7 @@ struct alignas(16) Shared {
   Ratio<float> ratios[S];
   float weights[S], factors[S];  // of the active sources; weight / temperature
   double value_weights[S];       // weights as the slopes have them after rounding
+  float source_shares[S];        // weights over the sources' sums
   int active[S];
   int count;
 };
@@ -83,7 +84,7 @@ template <bool exact>
 __device__ __forceinline__ float exponential(float x, const Scale& scale) {
   const float y = x * scale.hi, e = exp2_approximate(y);
   if (!exact || e == 0.0f) return e;
-  return fmaf(e * fmaf(x, scale.lo, fmaf(x, scale.hi, -y)), kLn2, e);
+  return fmaf(e * fmaf(x, scale.lo, fmaf(x, scale.hi, -y)), static_cast<float>(kLn2), e);
 }
 
 inline constexpr int kPart = 4;

@@ -23,7 +23,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 #pragma unroll
     for (int j = 0; j < S; ++j) factors_[j] = j < count_ ? shared.factors[j] : 0.0f;
     if (threadIdx.x != 0) return;
-    shared.unit = scale_.hi * 0.693147180559945309;
+    shared.unit = scale_.hi * kLn2;
     for (int j = 0; j < count_; ++j) {
       shared.value_weights[j] =
           reverse ? shared.factors[j] / shared.unit : static_cast<double>(shared.weights[j]);
@@ -118,7 +118,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
   }
 
   // The exponent, in units of log2, of a source's class that lies at its anchor.
-  __device__ __forceinline__ float begin_of(float anchor, float maximum) const {
+  __device__ __forceinline__ float anchor_exponent(float anchor, float maximum) const {
     return (anchor - maximum) * scale_.hi;
   }
 
@@ -136,7 +136,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       if (!usual && j >= count_) continue;
-      const float begin = begin_of(anchors_[j], maxima_[1 + j]);
+      const float begin = anchor_exponent(anchors_[j], maxima_[1 + j]);
       float t[W];
       unpack_part<T>(raw[1 + j], h, t);
 #pragma unroll
@@ -206,8 +206,10 @@ class RowSums : public HeldRow<T, S, R, reverse> {
     double part = 0.0;
     float magnitude = 0.0f;
     if (lane < count_) {
-      const double log_ratio = ratio + begin_of(lane), weight = shared_.value_weights[lane];
+      const double log_ratio = ratio + ratio_at_anchor(lane), weight = shared_.value_weights[lane];
       const double gap = reverse ? 0.0 : shared_.unit * gaps / source;
+      if (!reverse)
+        shared_.source_shares[lane] = shared_.weights[lane] / static_cast<float>(source);
       part = reverse ? -weight * log_ratio : weight * (log_ratio - gap);
       magnitude = static_cast<float>(weight) *
                   (1.0f + fabsf(static_cast<float>(log_ratio)) + fabsf(static_cast<float>(gap)));
@@ -245,11 +247,11 @@ class RowSums : public HeldRow<T, S, R, reverse> {
     shared_.ce += static_cast<double>(cross_entropy(maxima_[0], true_logit, true_exp, others));
   }
 
-  // What log_ratio_j has beside the sums.
-  __device__ __forceinline__ double begin_of(int slot) const {
+  // log_ratio_j but for the logarithms of the sums.
+  __device__ __forceinline__ double ratio_at_anchor(int slot) const {
     const float student = shared_.maxima[0], source = shared_.maxima[1 + slot];
     const float anchor = shared_.anchors[slot];
-    return reverse ? static_cast<double>(begin_of(anchor, source)) * 0.693147180559945309
+    return reverse ? static_cast<double>(anchor_exponent(anchor, source)) * kLn2
                    : (static_cast<double>(student) - static_cast<double>(anchor)) * shared_.unit;
   }
 
