@@ -69,16 +69,14 @@ def run(stage: Stage, log: Path) -> bool:
             env={**os.environ, **stage.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             timeout=stage.seconds,
             check=False,
         )
-        output, verdict = done.stdout, "passed" if done.returncode == 0 else "FAILED"
+        told, verdict = done.stdout, "passed" if done.returncode == 0 else "FAILED"
     except subprocess.TimeoutExpired as error:
-        output = error.stdout if isinstance(error.stdout, str) else ""
+        told = error.stdout or b""
         verdict = f"FAILED: took more than {stage.seconds} s"
-    took = time.monotonic() - began
+    took, output = time.monotonic() - began, told.decode(errors="replace")
     line = f"{stage.name}: {verdict} ({took:.0f} s of {stage.seconds})"
     with log.open("a", encoding="utf-8") as file:
         file.write(f"=== {line}\n{output}\n")

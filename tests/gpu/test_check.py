@@ -30,10 +30,11 @@ def test_what_fails_is_told_and_logged(tmp_path: Path, capsys: pytest.CaptureFix
     log = tmp_path / "log"
     assert run(Stage("good", [sys.executable, "-c", "print('fine')"], 60), log)
     assert not run(Stage("bad", [sys.executable, "-c", "raise SystemExit('broken')"], 60), log)
-    assert not run(Stage("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 1), log)
+    slow = "import time; print('half way', flush=True); time.sleep(60)"
+    assert not run(Stage("slow", [sys.executable, "-c", slow], 3), log)
     text = log.read_text()
     assert "good: passed" in text
     assert "fine" in text
     assert "bad: FAILED" in text
     assert "broken" in capsys.readouterr().out
-    assert "slow: FAILED: took more than 1 s" in text
+    assert "slow: FAILED: took more than 3 s\nhalf way" in text
