@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,8 +143,7 @@ def usable(steps: dict[str, Step]) -> dict[str, Step]:
     return found
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     """What a sample consists of: calls that follow one another, each of one step or more."""
 
     call: Step

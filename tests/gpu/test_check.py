@@ -37,4 +37,4 @@ def test_what_fails_is_told_and_logged(tmp_path: Path, capsys: pytest.CaptureFix
     assert "fine" in text
     assert "bad: FAILED" in text
     assert "broken" in capsys.readouterr().out
-    assert "slow: FAILED: took more than 3 s\nhalf way" in text
+    assert "slow: FAILED: took more than 3 s (3 s of 3)\nhalf way" in text
