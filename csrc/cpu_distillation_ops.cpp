@@ -80,10 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   const double mean_ce = sum_of(ce) / static_cast<double>(rows);
   const double mean_kl = sum_of(kl) / static_cast<double>(rows);
   const ScalarType type = args.arithmetic();
-  // A divergence of weight 0 takes no part, even where it is infinite.
-  const double kl_term = kl_weight == 0.0 && std::isinf(mean_kl) ? 0.0 : kl_weight * mean_kl;
-  return {scalar((1.0 - kd_weight) * mean_ce + kl_term, type), scalar(mean_ce, type),
-          scalar(mean_kl, type), grad};
+  const double loss = baseline::weighted_mean(1.0 - kd_weight, mean_ce) +
+                      baseline::weighted_mean(kl_weight, mean_kl);
+  return {scalar(loss, type), scalar(mean_ce, type), scalar(mean_kl, type), grad};
 }
 
 Tensor multi_source_kl_backward(const Tensor& grad_loss, const Tensor& unit_grad,

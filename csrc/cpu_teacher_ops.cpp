@@ -97,7 +97,7 @@ TeacherOutputs combine(Statistics& s, double proto_weight, double scale, ScalarT
     rates.push_back(s.rate(m));
   }
   const std::vector<double> weights = weights_from(rates);
-  double loss = (1.0 - proto_weight) * ce;
+  double loss = baseline::weighted_mean(1.0 - proto_weight, ce);
   s.coefficient(0) = (1.0 - proto_weight) / std::max(s.ce_rows(), 1.0);
   for (int64_t m = 0; m < s.M; ++m) {
     const double weight = proto_weight * weights[static_cast<size_t>(m)];

@@ -318,5 +318,11 @@ PYCDGKD_HD A modality_weight(A largest_rate, A rate) {
   return weight_of_gap(largest_rate - rate, rate);
 }
 
+// What a mean adds to the loss: with weight 0 nothing, even where it is infinite.
+PYCDGKD_HD double weighted_mean(double weight, double mean) {
+  const bool infinite = mean == mean && mean - mean != 0.0;
+  return weight == 0.0 && infinite ? 0.0 : weight * mean;
+}
+
 }  // namespace PYCDGKD_ISA
 }  // namespace pycdgkd

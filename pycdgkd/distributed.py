@@ -56,7 +56,10 @@ def _combine(
     rates = statistics[3 + modalities :]
     weights = torch.ops.pycdgkd.modality_weights(rates)
     terms = torch.where(weights == 0, 0.0, weights * prototype_losses)
-    loss = (1 - proto_weight) * cross_entropy + proto_weight * terms.sum()
+    ce_term = (1 - proto_weight) * cross_entropy
+    if proto_weight == 1:  # then it takes no part, even where it is infinite
+        ce_term = torch.where(cross_entropy.isinf(), 0.0, ce_term)
+    loss = ce_term + proto_weight * terms.sum()
     return (loss, cross_entropy, prototype_losses, rates, weights), weights
 
 

@@ -51,7 +51,10 @@ __global__ void __launch_bounds__(256) scale_rows_kernel(const __grid_constant__
   const A factor = by_row ? A(1) : value_at<A>(s.factors, 0);
   if (!by_row && factor == A(1) && s.unit == s.grad) return;
   constexpr int V = kVector<T>;
-  const int64_t whole = by_row || s.grad_dtype != s.unit_dtype ? 0 : count / V;
+  const uintptr_t places =
+      reinterpret_cast<uintptr_t>(s.unit) | reinterpret_cast<uintptr_t>(s.grad);
+  const bool vectors = !by_row && s.grad_dtype == s.unit_dtype && places % 16 == 0;
+  const int64_t whole = vectors ? count / V : 0;
   const int64_t own = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   for (int64_t at = own; at < whole; at += step) {
     A x[V];

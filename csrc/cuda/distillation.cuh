@@ -168,11 +168,8 @@ __device__ __forceinline__ void combine_partials(const DistillationArguments& d,
     ce /= rows;
     kl /= rows;
   }
-  // A divergence of weight 0 takes no part, even where it is infinite.
-  const bool infinite = kl - kl != 0.0 && kl == kl;
-  const double kl_term = d.kl_weight == 0.0 && infinite ? 0.0 : d.kl_weight * kl;
-  const double ce_term = d.labels.data == nullptr ? 0.0 : d.ce_weight * ce;
-  put_scalar<A>(d.loss, ce_term + kl_term);
+  const double ce_term = d.labels.data == nullptr ? 0.0 : weighted_mean(d.ce_weight, ce);
+  put_scalar<A>(d.loss, ce_term + weighted_mean(d.kl_weight, kl));
   put_scalar<A>(d.cross_entropy, ce);
   put_scalar<A>(d.kl, kl);
 }

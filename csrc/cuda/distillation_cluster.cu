@@ -42,10 +42,10 @@ struct Shape {
 
 // The smallest cluster that holds a row of `vectors`; size 0: none does. Of 256 threads several
 // blocks fit a multiprocessor, so that one computes while another waits.
-Shape shape_of(int64_t vectors, int R) {
+Shape shape_of(int64_t vectors, int R, unsigned most_blocks) {
   const int64_t needed = (vectors + R - 1) / R, most = most_cluster_threads();
   for (const int64_t threads : {most / 2, most}) {
-    for (unsigned size = 1; size <= most_cluster_blocks(); size *= 2) {
+    for (unsigned size = 1; size <= most_blocks; size *= 2) {
       if (size * threads < needed) continue;
       return {size, static_cast<unsigned>(size > 1 ? threads : (needed + 31) / 32 * 32)};
     }
@@ -53,7 +53,17 @@ Shape shape_of(int64_t vectors, int R) {
   return {0, 0};
 }
 
-// Asked once of each device: the answer does not change, the question takes microseconds.
+// Both are asked once of each device: the answers do not change, the questions take microseconds.
+template <auto kernel>
+unsigned most_blocks_of_device() {
+  static std::mutex lock;
+  static std::map<int, unsigned> known;
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto found = known.find(current_device());
+  if (found != known.end()) return found->second;
+  return known[current_device()] = most_cluster_blocks<kernel>();
+}
+
 template <auto kernel>
 unsigned resident(const Shape& shape, size_t shared_bytes) {
   static std::mutex lock;
@@ -68,7 +78,7 @@ unsigned resident(const Shape& shape, size_t shared_bytes) {
 template <class T, int S, int R, bool reverse>
 bool start(DistillationArguments d, Stream stream) {
   constexpr auto kernel = cluster_rows_kernel<T, S, R, reverse>;
-  const Shape shape = shape_of(d.K / kVector<T>, R);
+  const Shape shape = shape_of(d.K / kVector<T>, R, most_blocks_of_device<kernel>());
   // Of a vector's classes, slopes and distances take the places of logits: 4 rows of 16 bits, or 2.
   static_assert((S + 1) * sizeof(T) >= 8);
   const size_t staged = static_cast<size_t>(S + 1) * R * shape.threads * sizeof(uint4);

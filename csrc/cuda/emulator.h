@@ -180,7 +180,10 @@ inline void zero_async(void* data, size_t bytes, Stream) { std::memset(data, 0, 
 inline bool is_capturing(Stream) { return false; }
 inline char* dynamic_shared() { return emulator::shared_memory(emulator::here.rank); }
 // Small clusters of small blocks, so that short rows need several.
-inline unsigned most_cluster_blocks() { return 4; }
+template <auto kernel>
+unsigned most_cluster_blocks() {
+  return 4;
+}
 inline unsigned most_cluster_threads() { return 64; }
 inline unsigned cluster_rank() { return emulator::here.rank; }
 inline unsigned cluster_size() { return emulator::here.cluster; }

@@ -235,6 +235,8 @@ class HeldRow {
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       const bool there = j < count_;
+      // What is measured from an anchor of -inf is NaN; of the other way round, only gaps are.
+      if (reverse && !(anchors[j] > -infinity<float>())) anchors[j] = maxima_[1 + j];
       anchors_[j] = there ? anchors[j] : 0.0f;
       if (there && threadIdx.x == 0) shared_.anchors[j] = anchors[j];
     }

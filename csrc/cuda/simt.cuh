@@ -10,6 +10,7 @@
 #else
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -53,22 +54,40 @@ inline bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// Blocks of a cluster at most: 1 where the device has no clusters.
-inline unsigned most_cluster_blocks() {
-  int device = 0, clusters = 0, major = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return clusters == 0 ? 1 : (major == 9 || major == 10 ? 16 : 8);
-}
 inline unsigned most_cluster_threads() { return 512; }
 
 #if defined(__CUDACC__)
 template <auto kernel>
+cudaFuncAttributes attributes_of() {
+  cudaFuncAttributes found;
+  check(cudaFuncGetAttributes(&found, kernel));
+  return found;
+}
+
+// Once of each device as much as it has: another thread may be about to launch with more.
+template <auto kernel>
 void allow_shared(size_t bytes) {
   if (bytes <= 48 * 1024) return;
+  constexpr int kDevices = 64;
+  static std::atomic<bool> allowed[kDevices];
+  const int device = current_device();
+  if (device < kDevices && allowed[device].load()) return;
+  const size_t most = device_limits().shared_bytes - attributes_of<kernel>().sharedSizeBytes;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)));
+                             static_cast<int>(most)));
+  if (device < kDevices) allowed[device].store(true);
+}
+
+// Blocks of a cluster at most: 1 where the device has no clusters, or the kernel, compiled for
+// devices without, does not know of them.
+template <auto kernel>
+unsigned most_cluster_blocks() {
+  int clusters = 0, major = 0;
+  const int device = current_device();
+  check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (clusters == 0 || attributes_of<kernel>().ptxVersion < 90) return 1;
+  return major == 9 || major == 10 ? 16 : 8;
 }
 
 // Errors of the launch itself are told here, those of the run at the next synchronisation.

@@ -78,7 +78,7 @@ __device__ __forceinline__ void combine(const Arguments& a) {
     largest = rate > largest || rate != rate ? rate : largest;
   }
   const double ce = s[0] / s[1];
-  double loss = (1.0 - a.proto_weight) * ce;
+  double loss = weighted_mean(1.0 - a.proto_weight, ce);
   s[3 + 2 * M] = (1.0 - a.proto_weight) / (s[1] > 1.0 ? s[1] : 1.0);
   for (int64_t m = 0; m < M; ++m) {
     const double rate = s[3 + M + m], mean = s[3 + m] / rows;

@@ -56,7 +56,8 @@ Cluster cluster_of_device() {
   const std::lock_guard<std::mutex> guard(lock);
   const auto found = known.find(current_device());
   if (found != known.end()) return found->second;
-  Cluster cluster{most_cluster_blocks(), most_cluster_threads(), device_limits().shared_bytes};
+  Cluster cluster{most_cluster_blocks<kernel>(), most_cluster_threads(),
+                  device_limits().shared_bytes};
   const auto fits = [&] {
     return resident_clusters<kernel>(cluster.size, cluster.threads, cluster.shared_bytes) > 0;
   };

@@ -185,7 +185,7 @@ __device__ __forceinline__ int64_t read_operands(const Arguments& a) {
     if (column.index >= part.D) return A(0);
     return load_element<A>(c.data, k * c.row_stride + column.index * c.col_stride, c.dtype);
   };
-  const bool counted = a.counts.data != nullptr && lane_id() < a.K;
+  const bool counted = !a.batch_means && a.counts.data != nullptr && lane_id() < a.K;
   const int64_t count = counted ? a.counts.data[lane_id() * a.counts.stride] : 1;
   const A first_logit = t < logits ? logit(t) : A(0);
   const A first_element = t < elements ? prototype(t) : A(0);

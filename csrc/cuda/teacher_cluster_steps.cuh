@@ -308,7 +308,7 @@ __device__ __forceinline__ void give_results(const Arguments& a, const Batch<A>&
   const double lambda = modality_weight(largest, rate), ce = totals[2 * a.M] / batch.rows;
   // A modality of weight 0 takes no part, even where its own loss is NaN for want of rows.
   const double term = lambda != 0.0 ? a.proto_weight * lambda * mean : 0.0;
-  double loss = (1.0 - a.proto_weight) * ce;
+  double loss = weighted_mean(1.0 - a.proto_weight, ce);
 #pragma unroll 1
   for (int n = 0; n < a.M; ++n) loss += __shfl_sync(kAllLanes, term, n);
   if (lane < a.M) {

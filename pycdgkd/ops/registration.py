@@ -101,12 +101,19 @@ def wants_graph(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def _is_plain(grad_loss: Tensor) -> bool:
+    """Whether it is one tensor in memory: not while tracing (tensor subclasses), nor where
+    ``vmap`` makes one of a batch (which has no storage of its own).
+    """
+    return type(grad_loss) is Tensor and torch._C._has_storage(grad_loss)
+
+
 def can_look(grad_loss: Tensor) -> bool:
-    """Whether values may be looked at here: on the CPU (a device would have to be waited for), not
-    while tracing (tensor subclasses), nor where a graph of the gradient is asked for.
+    """Whether values may be looked at here: on the CPU (a device would have to be waited for), of
+    plain tensors, and not where a graph of the gradient is asked for.
     """
     on_host = grad_loss.is_cpu and not stays_on_device(grad_loss)
-    return type(grad_loss) is Tensor and on_host and not torch.is_grad_enabled()
+    return on_host and not torch.is_grad_enabled() and _is_plain(grad_loss)
 
 
 def is_final(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
@@ -126,8 +133,8 @@ def may_take_over(grad_loss: Tensor, unit_grad: Tensor, like: Tensor) -> bool:
     """Whether, on a device, the gradient that the forward pass left may be scaled where it lies."""
     return (
         stays_on_device(grad_loss)
-        and type(grad_loss) is Tensor
         and not torch.is_grad_enabled()
+        and _is_plain(grad_loss)
         and unit_grad.dtype == like.dtype
         and not _graph_is_kept()
     )

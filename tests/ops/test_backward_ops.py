@@ -264,3 +264,14 @@ def test_forward_without_need_grad_has_no_backward(
     op = request.node.callspec.id.partition("-")[0]
     with pytest.raises(RuntimeError, match=rf"pycdgkd\.{op}: called without need_grad"):
         loss(Z.clone().requires_grad_()).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_may_lie_anywhere(dtype: torch.dtype) -> None:
+    """A hook may hand back a part of a larger buffer."""
+    logits = torch.randn(4, 8, dtype=dtype)
+    left = ops.multi_source_kl(logits, [torch.randn(4, 8)], None, 1.0, 0, 1, True)[1]
+    moved = left.new_empty(33)[1:].view(4, 8).copy_(left)
+    for factor in (ONE, torch.tensor(2.0)):
+        found, expected = (ops.multi_source_kl_backward(factor, x, logits) for x in (moved, left))
+        assert torch.equal(found, expected)

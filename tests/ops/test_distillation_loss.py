@@ -179,6 +179,16 @@ def test_gradient_outputs(dtype: torch.dtype, grad_output: float) -> None:
     assert_kl_grad(fused.grad, exact.grad, dtype)
 
 
+@pytest.mark.parametrize("K", [2, 5, 64])
+def test_an_infinite_cross_entropy_of_weight_0_takes_no_part(K: int) -> None:
+    logits, labels, sources = make_logits(6, K), make_labels(6, 2), [make_logits(6, K)]
+    logits[0, 0], labels[0] = -torch.inf, 0
+    loss, cross_entropy, kl = pycdgkd.distillation_loss(logits, sources, labels, kd_weight=1.0)
+    assert cross_entropy == torch.inf
+    assert loss.isfinite()
+    assert loss == kl
+
+
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.5, 1.0])
 def test_gradcheck(direction: str, kd_weight: float) -> None:

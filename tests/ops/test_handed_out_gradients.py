@@ -136,3 +136,14 @@ def test_saved_tensors_may_be_moved(name: str, K: int) -> None:
     expected = run(name, inputs(K=K))
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         assert_same_bits(run(name, inputs(K=K)), expected)
+
+
+@pytest.mark.parametrize("K", [4, MANY])
+def test_batches_of_gradients(K: int) -> None:
+    """As jacobian(vectorize=True) asks for them: no value of a batch can be looked at."""
+    logits, source = make_logits(5, K).requires_grad_(), make_logits(5, K)
+    factors = torch.tensor([1.0, 0.5, 2.0])
+    loss = pycdgkd.distillation_loss(logits, [source], make_labels(5, K)).loss
+    (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, logits, factors, is_grads_batched=True)
+    assert_same_bits([found], [factors[:, None, None] * one])

@@ -191,3 +191,18 @@ def test_transposed_rows_too_long_to_be_copied_together(K: int) -> None:
     across = pycdgkd.distillation_loss(logits.t(), [source.t()], labels)
     for ours, theirs in zip(across, straight, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5])
+@pytest.mark.parametrize("K", [2, 32, 63, 64, 1000])
+def test_a_source_without_the_students_best_class(K: int, kd_weight: float) -> None:
+    logits, source = torch.zeros(3, K), torch.zeros(3, K)
+    logits[0, 0], source[0, 0] = 5.0, -INF
+    rows = pycdgkd.multi_source_kl(logits, [source], reduction="none")
+    assert rows.tolist() == [INF, 0.0, 0.0]
+    labels = torch.tensor([0, 1, 1])
+    loss, cross_entropy, kl = pycdgkd.distillation_loss(
+        logits, [source], labels, kd_weight=kd_weight
+    )
+    assert kl == INF
+    assert loss == (INF if kd_weight else cross_entropy)

@@ -287,3 +287,13 @@ def test_scaling_in_place(count: int, dtype: torch.dtype, factor: float) -> None
 def test_what_scaling_refuses(unit: Tensor, grad_loss: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=rf"pycdgkd\.scale_unit_grads_: {message}"):
         OPS.scale_unit_grads_([make_logits(3, 4), unit], grad_loss)
+
+
+def test_counts_beside_batch_means_are_not_read() -> None:
+    """The public function refuses them."""
+    logits, features, labels = make_logits(6, 3), [make_logits(6, 4)], make_labels(6, 3)
+    losses = [
+        OPS.teacher_loss(logits, features, [], labels, counts, 0.5, 1.0, -100, True, False)[2]
+        for counts in (None, torch.tensor([0, 1, 1]))
+    ]
+    assert_same_bits(losses[:1], losses[1:])

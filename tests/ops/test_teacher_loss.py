@@ -319,3 +319,16 @@ def test_gradcheck(given: bool, detach: bool, K: int) -> None:
             ),
             both,
         )
+
+
+@pytest.mark.parametrize(
+    ("K", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (40, torch.float32)]
+)
+def test_an_infinite_cross_entropy_of_weight_0_takes_no_part(K: int, dtype: torch.dtype) -> None:
+    logits, labels = make_logits(6, K), make_labels(6, 2)
+    logits[0, 0], labels[0] = -torch.inf, 0
+    features = [make_logits(6, 5, dtype=dtype) for _ in range(2)]
+    result = pycdgkd.teacher_loss(logits, features, labels, proto_weight=1.0)
+    assert result.cross_entropy == torch.inf
+    weighted = (result.modality_weights * result.prototype_losses).sum()
+    torch.testing.assert_close(result.loss, weighted)
