@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 
 import pycdgkd
@@ -15,3 +17,10 @@ def pytest_report_header() -> str:
         f"pycdgkd: {pycdgkd.__file__}, {info['isa_active']} kernels{sanitize}; "
         f"torch {torch.__version__}"
     )
+
+
+def pytest_configure() -> None:
+    """Shells start what they put in the background with SIGINT ignored, which programs inherit:
+    those that tests interrupt would not hear of it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
