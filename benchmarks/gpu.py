@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pycdgkd.bench import layers, lineup
 from pycdgkd.bench.cases import Case
-from pycdgkd.bench.contestants import Contestant
+from pycdgkd.bench.contestants import Contestant, differentiable
 from pycdgkd.bench.inputs import Inputs, exact_result, largest_error, make_inputs
 from pycdgkd.bench.records import OURS
 
@@ -114,12 +114,10 @@ def step_of(one: Contestant) -> Step:
     return step
 
 
-def contestants(inputs: Inputs) -> dict[str, Step]:
+def contestants(inputs: Inputs, modes: tuple[str, ...] = COMPILE_MODES) -> dict[str, Step]:
     """Ours, eager peers, Liger-Kernel's, and compiled ones by mode."""
     found = {OURS: step_of(layers.public(inputs))}
     found |= {peer.name: step_of(peer) for peer in (*lineup.peers_of(inputs), *liger(inputs))}
-    # Where overhead counts all modes are tried; on large inputs they differ little.
-    modes = COMPILE_MODES if inputs.case.input_bytes <= 8 * MIB else COMPILE_MODES[:1]
     for mode in modes if inputs.case.compiled else ():
         for peer in lineup.compiled_peers(inputs, mode=mode):
             found[peer.name.replace("compile", mode)] = step_of(peer)
@@ -141,6 +139,33 @@ def usable(steps: dict[str, Step]) -> dict[str, Step]:
             continue
         found[name] = step
     return found
+
+
+def smallest_step(inputs: Inputs) -> Step:
+    """What autograd costs whoever writes a backward pass: a Function with the case's gradients."""
+    value, *grads = [torch.zeros_like(t) for t in (inputs.grad_output, *inputs.leaves)]
+
+    class Idle(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx: Any, *_: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(_ctx: Any, *_: Any) -> Any:
+            return tuple(grads)
+
+    return step_of(differentiable("autograd", lambda: Idle.apply(*inputs.leaves), inputs))
+
+
+def with_new_leaves(inputs: Inputs) -> Inputs:
+    """The same numbers to be captured. The old leaves' nodes may be kept alive by a peer, as
+    compiled ones do, and belong to the stream of its calls: that ends a capture on another.
+    """
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    return replace(inputs, logits=leaf(inputs.logits), features=[leaf(z) for z in inputs.features])
 
 
 class Sampled(NamedTuple):
@@ -205,7 +230,7 @@ def replayed(step: Step, steps: int) -> Sampled | str:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             for _ in range(steps):
                 step()
     except RuntimeError as error:
@@ -259,15 +284,18 @@ def measure(case: Case, bandwidth: float, seconds: float, flush: Tensor | None) 
     error = error_of_ours(inputs)
     if error > TOLERANCE[case.dtype]:
         raise AssertionError(f"{case.name}: ours is wrong by {error:.1e}")
-    steps = usable(contestants(inputs))
-    eager = interleaved({name: in_a_row(step) for name, step in steps.items()}, seconds, None)
     cold = case.input_bytes > 8 * MIB
+    # Where overhead counts all modes are tried; on large inputs they differ little.
+    modes = COMPILE_MODES[:1] if cold else COMPILE_MODES
+    steps = usable(contestants(inputs, modes))
+    timed = steps if cold else {**steps, "autograd": smallest_step(inputs)}
+    eager = interleaved({name: in_a_row(step) for name, step in timed.items()}, seconds, None)
     # A captured step keeps its memory: of large inputs only ours.
     small = case.input_bytes <= 1024 * MIB
     captured = {
         name: replayed(step, 1 if cold else GRAPH_STEPS)
-        for name, step in steps.items()
-        if name == OURS or (small and "overhead" not in name)
+        for name, step in contestants(with_new_leaves(inputs), modes[:1]).items()
+        if name == OURS or (small and name in steps)
     }
     graphs = {name: graph for name, graph in captured.items() if isinstance(graph, Sampled)}
     refused = {name: reason for name, reason in captured.items() if isinstance(reason, str)}
