@@ -9,7 +9,7 @@
 namespace pycdgkd {
 namespace cuda {
 
-inline constexpr int kWarps = 16, kRanks = 16, kMostSlots = 8;
+inline constexpr int kWarps = 16, kRanks = 16, kFewSlots = 4, kMostSlots = 8;
 inline constexpr double kLn2 = 0.693147180559945309;
 
 // Of one block, and then of the row: the maxima (0: the student's) and what ratio_of wants of each

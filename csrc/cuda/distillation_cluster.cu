@@ -16,10 +16,9 @@ namespace pycdgkd {
 namespace cuda {
 namespace {
 
-// Of the smallest kernel three blocks of 256 threads fit a multiprocessor's registers.
+// All rows, with room for the active sources in S slots.
 template <class T, int S, int R, bool reverse>
-__global__ void __launch_bounds__(S == 3 ? 768 : kWarps * 32, 1)
-    cluster_rows_kernel(const __grid_constant__ DistillationArguments d) {
+__device__ __forceinline__ void work_rows(const DistillationArguments& d) {
   auto& shared = *reinterpret_cast<Shared<S, reverse>*>(dynamic_shared());
   ClusterRows<T, S, R, reverse> cluster(d, shared);
   const double rows = rows_of_all(d);
@@ -34,6 +33,25 @@ __global__ void __launch_bounds__(S == 3 ? 768 : kWarps * 32, 1)
   const int64_t chunks = (d.N + d.chunk - 1) / d.chunk;
   combine_partials<float>(d, shared.rows, gridDim.x / cluster_size(),
                           static_cast<unsigned>(chunks));
+}
+
+__device__ __forceinline__ int active_sources(const DistillationArguments& d) {
+  int count = 0;
+#pragma unroll 1
+  for (int j = 0; j < d.S; ++j) count += source_weight<float>(d, j) != 0.0f ? 1 : 0;
+  return count;
+}
+
+// Of the smallest kernel three blocks of 256 threads fit a multiprocessor's registers. Only the
+// device knows how many of the sources are active: what a row costs beside its classes grows with
+// the slots.
+template <class T, int S, int R, bool reverse>
+__global__ void __launch_bounds__(S == 3 ? 768 : kWarps * 32, 1)
+    cluster_rows_kernel(const __grid_constant__ DistillationArguments d) {
+  if constexpr (S > kFewSlots) {
+    if (active_sources(d) <= kFewSlots) return work_rows<T, kFewSlots, R, reverse>(d);
+  }
+  work_rows<T, S, R, reverse>(d);
 }
 
 struct Shape {

@@ -42,7 +42,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
   template <bool usual>
   __device__ __forceinline__ void shares(int first, const float (&x)[W], const float (&e)[W],
                                          float own, float (&share)[W]) const {
-    if (exact && temperature_ == 2.0f) {  // asked once, not of every class
+    if (temperature_ == 2.0f) {  // asked once, not of every class
 #pragma unroll
       for (int v = 0; v < W; ++v) share[v] = e[v] * e[v];
     } else {
