@@ -4,9 +4,9 @@
 
 All contestants of a case take turns in random order. A sample lies between two CUDA events: eager
 steps (forward and gradients) follow one another as those of a training do, after one that is not
-counted; graphs hold several steps where starting them would count, and find the L2 cache
-overwritten where bandwidth does. The floor is the least bytes of the case over the bandwidth of a
-large copy, measured here. Writes <gpu name>.json.
+counted; graphs hold several steps, unless these would find their inputs in the L2 cache where
+bandwidth counts: then one, after the cache was overwritten. The floor is the least bytes of the
+case over the bandwidth of a large copy, measured here. Writes <gpu name>.json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
 CHECKED = 2**27  # elements up to which the whole result is compared, beyond them SAMPLED rows
 SAMPLED = 64
 SAMPLE_SECONDS, MOST_CALLS = 3e-3, 20  # of eager steps in a row
-GRAPH_STEPS = 10  # of a graph whose start would take longer than a step
+GRAPH_STEPS = 10  # of a graph, so that starting it does not count
+EVICTS = 128 * MIB  # of inputs, after which the L2 cache holds nothing of the step before
 
 
 class Goal(NamedTuple):
@@ -290,16 +291,16 @@ def measure(case: Case, bandwidth: float, seconds: float, flush: Tensor | None) 
     steps = usable(contestants(inputs, modes))
     timed = steps if cold else {**steps, "autograd": smallest_step(inputs)}
     eager = interleaved({name: in_a_row(step) for name, step in timed.items()}, seconds, None)
+    flush = flush if cold and case.input_bytes < EVICTS else None
     # A captured step keeps its memory: of large inputs only ours.
     small = case.input_bytes <= 1024 * MIB
     captured = {
-        name: replayed(step, 1 if cold else GRAPH_STEPS)
+        name: replayed(step, GRAPH_STEPS if flush is None else 1)
         for name, step in contestants(with_new_leaves(inputs), modes[:1]).items()
         if name == OURS or (small and name in steps)
     }
     graphs = {name: graph for name, graph in captured.items() if isinstance(graph, Sampled)}
     refused = {name: reason for name, reason in captured.items() if isinstance(reason, str)}
-    flush = flush if cold else None
     graph = interleaved(graphs, seconds / 2, flush) if OURS in graphs else {}
     return {"case": case.name, "error": error, "floor": case.bytes / bandwidth, "eager": eager,
             "graph": graph, "refused": refused, "kernels": kernels(steps[OURS])}  # fmt: skip

@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one go: ``make gpu-check``.
 
 Builds with what is installed, then runs the op tests on the device, what only a GPU can show, the
-memory and race checkers on a part of them, and the benchmark. Each stage goes on after one that
-failed; the exit status is 1 if any did. Needs no network.
+benchmark, and the memory and race checkers on a part of the tests. Each stage goes on after one
+that failed; the exit status is 1 if any did. Needs no network.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def plan(
     chosen = ["tests/ops", "-k", "not process_group"]
     stages.append(Stage("op tests", [*pytest, *spread, *chosen], 80, ops))
     stages.append(Stage("on the GPU", [*pytest, "tests/gpu/test_on_gpu.py"], 50))
-    for tool, seconds in (("memcheck", 25), ("racecheck", 55)) if sanitizer else ():
+    stages.append(Stage("benchmark", [python, "benchmarks/gpu.py"], 235))
+    for tool, seconds in (("memcheck", 25), ("racecheck", 45)) if sanitizer else ():
         check = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--target-processes=all"]
         # The vendor's matrix products would take minutes.
         ours = ["--kernel-name", "kernel_substring=pycdgkd"] if tool == "racecheck" else []
         stages.append(Stage(tool, [*check, *ours, *pytest, f"tests/gpu/{REDUCED}"], seconds))
-    stages.append(Stage("benchmark", [python, "benchmarks/gpu.py"], 235))
     return stages
 
 
