@@ -41,7 +41,10 @@ class RowStream {
       if (column < D_) {
         Packed<T, V> raw[R];
 #pragma unroll
-        for (int r = 0; r < R; ++r) memcpy(&raw[r], place(stage_, r), sizeof(raw[r]));
+        for (int r = 0; r < R; ++r) {
+          const uint4 piece = *place(stage_, r);  // of known alignment: not byte by byte
+          memcpy(&raw[r], &piece, sizeof(piece));
+        }
         add_products<T, V>(raw, p.mean + column, y + column, p.stride, count, acc);
       }
       ++stage_;
