@@ -115,7 +115,7 @@ def step_of(one: Contestant) -> Step:
     return step
 
 
-def contestants(inputs: Inputs, modes: tuple[str, ...] = COMPILE_MODES) -> dict[str, Step]:
+def contestants(inputs: Inputs, modes: tuple[str, ...]) -> dict[str, Step]:
     """Ours, eager peers, Liger-Kernel's, and compiled ones by mode."""
     found = {OURS: step_of(layers.public(inputs))}
     found |= {peer.name: step_of(peer) for peer in (*lineup.peers_of(inputs), *liger(inputs))}

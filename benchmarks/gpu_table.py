@@ -17,7 +17,7 @@ def report(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
     met, judged = verdicts(record)
     lines = [
-        f"{versions}; a large copy moves {record['copy'] / 1e12:.2f} TB/s.",
+        f"{versions}{_commit(record)}; a large copy moves {record['copy'] / 1e12:.2f} TB/s.",
         "",
         "Medians of interleaved rounds, microseconds: a step as it is called (eager), replayed as "
         "a CUDA graph, the time of its kernels, and the floor: the least bytes over the bandwidth "
@@ -47,14 +47,20 @@ def _row(name: str, result: dict[str, Any]) -> str:
     peers = [f"{peer} {e['ratio']:.1f}x" for peer, e in result["eager"].items() if peer != OURS]
     replayed = "-" if graph is None else _us(graph["seconds"])
     return (
-        f"| `{name}` | {_us(own['seconds'])} | {replayed} | {_us(kernels['seconds'])} "
-        f"({kernels['launches']:g}) | {_us(result['floor'])} | {', '.join(peers)} |"
+        f"| `{name}`{_commit(result)} | {_us(own['seconds'])} | {replayed} "
+        f"| {_us(kernels['seconds'])} ({kernels['launches']:g}) | {_us(result['floor'])} "
+        f"| {', '.join(peers)} |"
     )
 
 
 def _goals(name: str, result: dict[str, Any]) -> list[str]:
     goals = "; ".join(line.strip() for line in result["goals"])
     return [f"- `{name}`: {goals}"] if goals else []
+
+
+def _commit(measured: dict[str, Any]) -> str:
+    """Of a record, or of a case that was measured at another commit, where it was noted."""
+    return f" at {measured['measured_at']}" if "measured_at" in measured else ""
 
 
 def _us(seconds: float) -> str:

@@ -53,10 +53,9 @@ def test_every_case_is_measured_and_judged(gpu: ModuleType) -> None:
                    if line not in compiled + optional)  # fmt: skip
 
 
-def test_compiled_peers_take_part(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "COMPILE_MODES", ("default",))
+def test_compiled_peers_take_part(gpu: ModuleType) -> None:
     case = next(case for case, _ in gpu.CASES if case.compiled)
-    steps = gpu.contestants(gpu.make_inputs(case))
+    steps = gpu.contestants(gpu.make_inputs(case), ("default",))
     assert "T4 default" in steps
 
 
