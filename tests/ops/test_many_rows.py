@@ -1,4 +1,4 @@
-"""More rows than a device has warps: each takes several, through a ring of shared memory."""
+"""More rows than a device has warps: each of them takes several."""
 
 from __future__ import annotations
 
