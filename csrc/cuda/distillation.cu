@@ -45,6 +45,8 @@ size_t room_of(int64_t K) {
 
 template <class A, class T>
 __global__ void __launch_bounds__(256) scale_rows_kernel(const __grid_constant__ ScaleRows s) {
+  await_previous();
+  let_next_begin();
   const int64_t count = s.N * s.K, step = static_cast<int64_t>(gridDim.x) * 256;
   const T* unit = static_cast<const T*>(s.unit);
   const bool by_row = s.factors.stride != 0;
@@ -128,11 +130,11 @@ void scale_rows(const ScaleRows& s, Stream stream) {
   if (s.N == 0 || s.K == 0) return;
   const unsigned blocks = blocks_for(s.N * s.K, 2048, 16 * device_limits().multiprocessors);
   if (s.wide) {
-    launch<scale_rows_kernel<double, double>>(blocks, 256, 0, stream, s);
+    launch_early<scale_rows_kernel<double, double>>(blocks, 256, 0, stream, s);
   } else if (s.unit_dtype == Dtype::bfloat16) {
-    launch<scale_rows_kernel<float, bfloat16>>(blocks, 256, 0, stream, s);
+    launch_early<scale_rows_kernel<float, bfloat16>>(blocks, 256, 0, stream, s);
   } else {
-    launch<scale_rows_kernel<float, float>>(blocks, 256, 0, stream, s);
+    launch_early<scale_rows_kernel<float, float>>(blocks, 256, 0, stream, s);
   }
 }
 

@@ -249,6 +249,8 @@ __device__ __forceinline__ void ignore_row(const DistillationArguments& d, int64
 template <class A, int C>
 __global__ void __launch_bounds__(kRowThreads, sizeof(A) == 4 ? 4 : 2)
     thread_rows_kernel(const __grid_constant__ DistillationArguments d) {
+  await_previous();
+  let_next_begin();
   __shared__ A weights[kMostSources];
   for (int j = static_cast<int>(threadIdx.x); j < d.S; j += kRowThreads) {
     weights[j] = source_weight<A>(d, j);
@@ -279,6 +281,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(A) == 4 ? 4 : 2)
 template <class A, int G>
 __global__ void __launch_bounds__(kThreads, 2)
     short_rows_kernel(const __grid_constant__ DistillationArguments d) {
+  await_previous();
+  let_next_begin();
   __shared__ A weights[kMostSources];
   for (int j = static_cast<int>(threadIdx.x); j < d.S; j += kThreads) {
     weights[j] = source_weight<A>(d, j);
@@ -300,11 +304,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class A>
 void start(const DistillationArguments& d, unsigned blocks, Stream stream) {
-  if (d.K <= 2) return launch<thread_rows_kernel<A, 2>>(blocks, kRowThreads, 0, stream, d);
-  if (d.K <= 4) return launch<thread_rows_kernel<A, 4>>(blocks, kRowThreads, 0, stream, d);
-  if (d.K <= 8) return launch<thread_rows_kernel<A, 8>>(blocks, kRowThreads, 0, stream, d);
-  if (d.K <= 16) return launch<short_rows_kernel<A, 16>>(blocks, kThreads, 0, stream, d);
-  launch<short_rows_kernel<A, 32>>(blocks, kThreads, 0, stream, d);
+  if (d.K <= 2) return launch_early<thread_rows_kernel<A, 2>>(blocks, kRowThreads, 0, stream, d);
+  if (d.K <= 4) return launch_early<thread_rows_kernel<A, 4>>(blocks, kRowThreads, 0, stream, d);
+  if (d.K <= 8) return launch_early<thread_rows_kernel<A, 8>>(blocks, kRowThreads, 0, stream, d);
+  if (d.K <= 16) return launch_early<short_rows_kernel<A, 16>>(blocks, kThreads, 0, stream, d);
+  launch_early<short_rows_kernel<A, 32>>(blocks, kThreads, 0, stream, d);
 }
 
 }  // namespace

@@ -159,6 +159,11 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream, const Args&... a
 }
 
 template <auto kernel, class... Args>
+void launch_early(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Args&... args) {
+  launch<kernel>(grid, block, shared_bytes, stream, args...);
+}
+
+template <auto kernel, class... Args>
 void launch_clusters(unsigned clusters, unsigned size, unsigned threads, size_t shared_bytes,
                      Stream, const Args&... args) {
   emulator::run_grid(clusters * size, threads, shared_bytes, [&] { kernel(args...); }, size);
@@ -199,6 +204,8 @@ inline void commit_copies() {}
 template <int pending>
 void await_copies_but() {}
 inline void prefetch(const void*, unsigned) {}
+inline void await_previous() {}
+inline void let_next_begin() {}
 inline void require(bool condition) {
   if (!condition) emulator::trap();
 }

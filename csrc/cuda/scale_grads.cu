@@ -15,6 +15,8 @@ struct Arguments {
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     scale_grads_kernel(const __grid_constant__ Arguments a) {
+  await_previous();
+  let_next_begin();
   const ScaledGrad& g = a.arrays[blockIdx.y];
   const A factor = value_at<A>(a.factor, 0);
   if (factor == A(1) && g.grad == g.unit) return;
@@ -52,8 +54,8 @@ void scale_grads(const ScaleGrads& s, Stream stream) {
     }
     const dim3 grid(blocks_for(largest, 16 * kThreads, 16 * device_limits().multiprocessors),
                     arrays);
-    s.wide ? launch<scale_grads_kernel<double>>(grid, kThreads, 0, stream, a)
-           : launch<scale_grads_kernel<float>>(grid, kThreads, 0, stream, a);
+    s.wide ? launch_early<scale_grads_kernel<double>>(grid, kThreads, 0, stream, a)
+           : launch_early<scale_grads_kernel<float>>(grid, kThreads, 0, stream, a);
   }
 }
 

@@ -90,35 +90,71 @@ unsigned most_cluster_blocks() {
   return major == 9 || major == 10 ? 16 : 8;
 }
 
+// Whether the kernel, on this device, knows to wait for what was launched before it
+// (await_previous). Asked once: the answer does not change, the questions take time.
+template <auto kernel>
+bool can_wait() {
+  enum : int { unknown, yes, no };
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  const int device = current_device();
+  const int before = device < kDevices ? known[device].load() : unknown;
+  if (before != unknown) return before == yes;
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  const bool can = major >= 9 && attributes_of<kernel>().ptxVersion >= 90;
+  if (device < kDevices) known[device].store(can ? yes : no);
+  return can;
+}
+
+class Launch {
+ public:
+  Launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream) {
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes_;
+  }
+  Launch(const Launch&) = delete;
+
+  void in_clusters(unsigned size) {
+    if (size == 1) return;
+    cudaLaunchAttribute& added = attributes_[config.numAttrs++];
+    added.id = cudaLaunchAttributeClusterDimension;
+    added.val.clusterDim.x = size;
+    added.val.clusterDim.y = added.val.clusterDim.z = 1;
+  }
+  // As soon as the kernel before it allows (let_next_begin).
+  void early() {
+    cudaLaunchAttribute& added = attributes_[config.numAttrs++];
+    added.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    added.val.programmaticStreamSerializationAllowed = 1;
+  }
+
+  cudaLaunchConfig_t config = {};
+
+ private:
+  cudaLaunchAttribute attributes_[2] = {};
+};
+
 // Errors of the launch itself are told here, those of the run at the next synchronisation.
 template <auto kernel, class... Args>
 void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Args&... args) {
   allow_shared<kernel>(shared_bytes);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, args...));
+  const Launch launch(grid, block, shared_bytes, stream);
+  check(cudaLaunchKernelEx(&launch.config, kernel, args...));
 }
 
-struct ClusterLaunch {
-  ClusterLaunch(unsigned clusters, unsigned size, unsigned threads, size_t shared_bytes,
-                Stream stream) {
-    config.gridDim = dim3(clusters * size);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = size;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = size > 1 ? 1 : 0;
-  }
-  ClusterLaunch(const ClusterLaunch&) = delete;
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
-};
+// Of a kernel that calls await_previous() first: it may already wait on the device while the one
+// before it in the stream ends, which saves most of what there is between two launches.
+template <auto kernel, class... Args>
+void launch_early(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Args&... args) {
+  allow_shared<kernel>(shared_bytes);
+  Launch launch(grid, block, shared_bytes, stream);
+  if (can_wait<kernel>()) launch.early();
+  check(cudaLaunchKernelEx(&launch.config, kernel, args...));
+}
 
 // Clusters of `size` blocks that the device runs at once; 0: it cannot run one.
 template <auto kernel>
@@ -133,16 +169,20 @@ unsigned resident_clusters(unsigned size, unsigned threads, size_t shared_bytes)
   if (size > 8) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
-  const ClusterLaunch launch(1, size, threads, shared_bytes, nullptr);
+  Launch launch(dim3(size), dim3(threads), shared_bytes, nullptr);
+  launch.in_clusters(size);
   check(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config));
   return static_cast<unsigned>(count);
 }
 
+// As launch_early.
 template <auto kernel, class... Args>
 void launch_clusters(unsigned clusters, unsigned size, unsigned threads, size_t shared_bytes,
                      Stream stream, const Args&... args) {
   allow_shared<kernel>(shared_bytes);
-  const ClusterLaunch launch(clusters, size, threads, shared_bytes, stream);
+  Launch launch(dim3(clusters * size), dim3(threads), shared_bytes, stream);
+  launch.in_clusters(size);
+  if (can_wait<kernel>()) launch.early();
   check(cudaLaunchKernelEx(&launch.config, kernel, args...));
 }
 
@@ -181,7 +221,18 @@ __device__ __forceinline__ T* in_block(T* shared, unsigned rank) {
 __device__ __forceinline__ void prefetch(const void* from, unsigned bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
+// Until the kernels launched before this one have ended and all they wrote is to be seen. Every
+// thread's first step in a kernel that launch_early starts.
+__device__ __forceinline__ void await_previous() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// From when all blocks have come here, the next kernel may take its place and wait.
+__device__ __forceinline__ void let_next_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 #else
+__device__ __forceinline__ void await_previous() {}
+__device__ __forceinline__ void let_next_begin() {}
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ unsigned cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_barrier(bool) { __syncthreads(); }

@@ -192,6 +192,8 @@ __device__ __forceinline__ void scale_vectors(const Arguments& a, A common) {
 
 template <class A>
 __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__ Arguments a) {
+  await_previous();
+  let_next_begin();
   const A common = static_cast<A>(common_factor(a.logits_factor));
   const uintptr_t places =
       reinterpret_cast<uintptr_t>(a.logits_residual) | reinterpret_cast<uintptr_t>(a.grad_logits);
@@ -226,7 +228,8 @@ void start(const Arguments& a, int parts, int modalities, Stream stream) {
   if (modalities == 0) {
     constexpr int64_t per_block = 4 * kThreads * kVector<A>;
     const int64_t most = 32 * device_limits().multiprocessors;
-    return launch<scale_kernel<A>>(blocks_for(a.N * a.K, per_block, most), kThreads, 0, stream, a);
+    return launch_early<scale_kernel<A>>(blocks_for(a.N * a.K, per_block, most), kThreads, 0,
+                                         stream, a);
   }
   if (a.K == 2) return start<A, 1>(a, parts, modalities, stream);
   if (a.K <= 4) return start<A, 4>(a, parts, modalities, stream);

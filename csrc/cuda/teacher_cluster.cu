@@ -13,6 +13,8 @@ namespace {
 template <class A>
 __global__ void __launch_bounds__(kMostThreads, 1)
     teacher_cluster_kernel(const __grid_constant__ Arguments a) {
+  await_previous();
+  let_next_begin();
   ask_for_rows<A>(a);
   const int64_t given = read_operands<A>(a);
   __syncthreads();
