@@ -10,11 +10,12 @@ template <class T, int S, int R, bool reverse>
 class ClusterRows : public RowSums<T, S, R, reverse> {
   using Held = HeldRow<T, S, R, reverse>;
   using Sums = RowSums<T, S, R, reverse>;
-  using Held::announce_next, Held::ask_for_next, Held::copy, Held::copy_vector, Held::find_first;
-  using Held::find_maxima, Held::find_next, Held::go_on, Held::leads, Held::leave_sums;
-  using Held::pass_over, Held::take_chunk;
+  using Held::announce_next, Held::ask_for_next, Held::copy, Held::find_first, Held::find_maxima;
+  using Held::find_next, Held::finds_next, Held::go_on, Held::leads, Held::leave_sums;
+  using Held::pass_over, Held::take_chunk, Held::tell_next;
   using Sums::add_up, Sums::anchors_, Sums::count_, Sums::d_, Sums::exact;
-  using Sums::factors_, Sums::held_, Sums::i_, Sums::is_usual, Sums::maxima_, Sums::meet;
+  using Sums::factors_, Sums::held_, Sums::i_, Sums::is_usual, Sums::kKept, Sums::maxima_,
+      Sums::meet;
   using Sums::parts, Sums::place, Sums::plain, Sums::ratio_at_anchor, Sums::rank_, Sums::scale_,
       Sums::settle;
   using Sums::shared_, Sums::size_, Sums::V, Sums::vector, Sums::W, Sums::y_;
@@ -34,26 +35,33 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
   // Everything of row i, which was asked for; the next one is asked for.
   __device__ __forceinline__ void work_row() {
     const unsigned chunk = take_chunk();
-    await_copies();
     find_maxima();
+    announce_next();
     add_up(chunk);
     settle();
-    find_next();
+    const bool late = !shared_.knows_next;
+    if (late) find_late();
     __syncthreads();
-    announce_next();
-    const float divergence = write();
+    if (late) announce_next();
+    const float divergence = write(late);
     if (!leads()) return;
     if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i_] = divergence;
     shared_.kl += static_cast<double>(divergence);
     leave_sums();
   }
 
+  // All have read that it was not known.
+  __device__ __forceinline__ void find_late() const {
+    __syncthreads();
+    if (finds_next()) tell_next(find_next());
+  }
+
   // The gradient; by what formulas is for the sums to say. Meanwhile the next row is asked for.
   // Returns the divergence, to the thread that leads.
-  __device__ __forceinline__ float write() {
+  __device__ __forceinline__ float write(bool late) {
     const Verdict verdict = shared_.verdict;
     if (verdict == Verdict::good) {
-      d_.grad != nullptr ? write_gradient() : ask_for_next();
+      d_.grad != nullptr ? write_gradient(late) : ask_for_next();
       return shared_.divergence;
     }
     float divergence;
@@ -66,13 +74,16 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
     return divergence;
   }
 
-  __device__ __forceinline__ void write_gradient() const {
+  // late: add_up has not asked for what the gradient does not need.
+  __device__ __forceinline__ void write_gradient(bool late) const {
     const Gradient g = shared_.gradient;
     const bool more = shared_.next_class >= 0;
 #pragma unroll 1
     for (int r = 0; r < held_; ++r) {
       is_usual(r) ? write_vector<true>(r, g) : write_vector<false>(r, g);
-      if (more) copy_vector(shared_.next_rows, r);
+      if (!more) continue;
+      Held::template copy_vector<0, kKept>(shared_.next_rows, r);
+      if (kKept <= S && late) Held::template copy_vector<kKept, S + 1>(shared_.next_rows, r);
     }
   }
 
@@ -133,6 +144,7 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
   // ---- a row whose sums say too little: its logits are read again ----
 
   __device__ __forceinline__ void copy_again() const {
+    await_copies();  // of the next row, to the same places
     if (threadIdx.x == 0) Held::tell_rows(i_, shared_.present_rows);
     __syncthreads();
     copy(shared_.present_rows);

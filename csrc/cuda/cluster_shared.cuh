@@ -50,7 +50,8 @@ struct alignas(16) Shared {
   unsigned chunk, next_chunk, ended_chunk;  // the present one, the one after it, the one before it
   int64_t chunk_end;
   bool begins_chunk;  // whether the next row does
-  int64_t next;       // row after this one, and its class
+  bool knows_next;    // whether what follows is of the row after this one already
+  int64_t next;       // that row, and its class
   int next_class;
   const uint4* next_rows[S + 1];     // its logits
   const uint4* present_rows[S + 1];  // those of the present one, if they are read once more

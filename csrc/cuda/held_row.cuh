@@ -52,8 +52,12 @@ class HeldRow {
     for (int r = 0; r < held_; ++r) copy_vector(rows, r);
   }
   __device__ __forceinline__ void copy_vector(const uint4* const* rows, int r) const {
+    copy_vector<0, S + 1>(rows, r);
+  }
+  template <int begin, int end>
+  __device__ __forceinline__ void copy_vector(const uint4* const* rows, int r) const {
 #pragma unroll
-    for (int row = 0; row <= S; ++row) {
+    for (int row = begin; row < end; ++row) {
       if (row <= count_) copy_async(place(row, r), rows[row] + vector(r));
     }
   }
@@ -74,44 +78,67 @@ class HeldRow {
 
   // In the first row of a chunk, the number of the one after it: by the thread that leads, long
   // before it is told, as the answer takes long.
+  static constexpr unsigned kNone = 0xffffffffu;
   __device__ __forceinline__ unsigned take_chunk() const {
-    if (!leads() || !shared_.begins_chunk) return 0;
+    if (!leads() || !shared_.begins_chunk) return kNone;
     return gridDim.x / size_ + atomicAdd(d_.counters + 1, 1u);
   }
   // The others see it when they have met.
   __device__ __forceinline__ void tell_chunk(unsigned taken) const {
-    if (!leads() || !shared_.begins_chunk) return;
+    if (taken == kNone) return;
     for (unsigned q = 0; q < size_; ++q) *in_block(&shared_.next_chunk, q) = taken;
   }
 
   __device__ __forceinline__ void find_first() const {
-    if (threadIdx.x == 0) begin_chunk(blockIdx.x / size_);
+    if (threadIdx.x == 0) {
+      tell_next(first_of(blockIdx.x / size_));
+    }
     __syncthreads();
     ask_for_next();
   }
-  // By the last warp, as the first ones have more to do. The block meets afterwards.
-  __device__ __forceinline__ void find_next() const {
-    if (threadIdx.x != blockDim.x - 32) return;
-    if (i_ + 1 == shared_.chunk_end) {
-      begin_chunk(shared_.next_chunk);
-    } else {
-      tell_next(i_ + 1, false);
-    }
+
+  struct Next {
+    int64_t row;
+    int y;
+    bool begins_chunk;
+    unsigned chunk;  // which, if it begins one
+  };
+  // By the last warp, as the first ones have more to do.
+  __device__ __forceinline__ bool finds_next() const { return threadIdx.x == blockDim.x - 32; }
+  // Whether it can be found before the blocks have met for the sums, when they tell each other
+  // which chunk is next: not in a chunk of a single row.
+  __device__ __forceinline__ bool finds_early() const {
+    return i_ + 1 != shared_.chunk_end || !shared_.begins_chunk;
   }
-  __device__ __forceinline__ void begin_chunk(unsigned chunk) const {
-    const int64_t first = static_cast<int64_t>(chunk) * d_.chunk, end = first + d_.chunk;
+  __device__ __forceinline__ Next find_next() const {
+    if (i_ + 1 == shared_.chunk_end) return first_of(shared_.next_chunk);
+    return {i_ + 1, class_or_none(i_ + 1), false, 0};
+  }
+  __device__ __forceinline__ Next first_of(unsigned chunk) const {
+    const int64_t row = static_cast<int64_t>(chunk) * d_.chunk;
+    return {row, class_or_none(row), true, chunk};
+  }
+  __device__ __forceinline__ int class_or_none(int64_t row) const {
+    return row < d_.N ? class_of(d_.labels, row, d_.K) : -1;
+  }
+  // What the others know when the block has met.
+  __device__ __forceinline__ void tell_next(const Next& next) const {
+    if (next.begins_chunk) begin_chunk(next.row, next.chunk);
+    shared_.knows_next = true;
+    shared_.next = next.row;
+    shared_.next_class = next.y;
+    shared_.begins_chunk = next.begins_chunk;
+    if (next.row < d_.N) tell_rows(next.row, shared_.next_rows);
+  }
+  __device__ __forceinline__ void tell_nothing() const {
+    shared_.knows_next = false;
+    shared_.next_class = -1;
+  }
+  __device__ __forceinline__ void begin_chunk(int64_t first, unsigned chunk) const {
+    const int64_t end = first + d_.chunk;
     shared_.ended_chunk = shared_.chunk;
     shared_.chunk = chunk;
     shared_.chunk_end = end < d_.N ? end : d_.N;
-    tell_next(first, true);
-  }
-  __device__ __forceinline__ void tell_next(int64_t next, bool begins_chunk) const {
-    shared_.next = next;
-    shared_.begins_chunk = begins_chunk;
-    shared_.next_class = -1;
-    if (next >= d_.N) return;
-    shared_.next_class = class_of(d_.labels, next, d_.K);
-    tell_rows(next, shared_.next_rows);
   }
   __device__ __forceinline__ void tell_rows(int64_t i, const uint4** rows) const {
     for (int row = 0; row <= count_; ++row) rows[row] = row == 0 ? student(i) : source(row - 1, i);
@@ -129,7 +156,7 @@ class HeldRow {
     meet(true);  // all have read who was next
     tell_chunk(take_chunk());
     meet(true);
-    find_next();
+    if (finds_next()) tell_next(find_next());
     __syncthreads();
     leave_sums();
     ask_for_next();
@@ -190,7 +217,12 @@ class HeldRow {
     return largest.value();
   }
 
+  // Meanwhile the next row is found, if it can be.
   __device__ __forceinline__ void find_maxima() {
+    Next next{};
+    const bool finds = finds_next(), early = finds && finds_early();
+    if (early) next = find_next();  // the answer is waited for together with the copies
+    await_copies();
     float mine[S + 1];
 #pragma unroll
     for (int j = 0; j <= S; ++j) mine[j] = j <= count_ ? largest_of(j) : -infinity<float>();
@@ -200,6 +232,7 @@ class HeldRow {
       if (lane_id() == 0) shared_.warp_maxima[j][warp_id()] = most;
     }
     __syncthreads();
+    if (finds) early ? tell_next(next) : tell_nothing();
     bool told = warp_id() == 0;
     const int warps = static_cast<int>(blockDim.x) / 32;
 #pragma unroll

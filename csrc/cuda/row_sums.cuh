@@ -17,6 +17,8 @@ class RowSums : public HeldRow<T, S, R, reverse> {
   using Held::temperature_, Held::V, Held::vector, Held::y_;
   static constexpr int W = kPart, parts = V / W, Q = kSums<S, reverse>;
   static constexpr bool exact = sizeof(T) == 4;
+  // Rows of a place that the gradient needs: reverse, distances and slopes in place of the logits.
+  static constexpr int kKept = reverse ? 2 * parts : S + 1;
 
   __device__ __forceinline__ RowSums(const DistillationArguments& d, Shared<S, reverse>& shared)
       : Held(d, shared), scale_(scale_of(d.temperature)) {
@@ -66,8 +68,12 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 
   __device__ __forceinline__ void add_up(unsigned next_chunk) {
     float sums[Q] = {};
+    const bool more = kKept <= S && shared_.next_class >= 0;
 #pragma unroll 1
-    for (int r = 0; r < held_; ++r) is_usual(r) ? add<true>(r, sums) : add<false>(r, sums);
+    for (int r = 0; r < held_; ++r) {
+      is_usual(r) ? add<true>(r, sums) : add<false>(r, sums);
+      if (more) Held::template copy_vector<kKept, S + 1>(shared_.next_rows, r);
+    }
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
       const double total = warp_sum(static_cast<double>(sums[q]));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, assert_grad, assert_value, double_leaf
+from cases import DTYPES, assert_grad, assert_kl_grad, assert_value, double_leaf
 from torch import Tensor
 
 import pycdgkd
@@ -52,3 +52,32 @@ def test_rows_apart() -> None:
     wide = torch.full((131, 64), torch.nan, dtype=torch.bfloat16)
     wide[:, :48] = features
     compare(wide[:, :48], prototypes, labels)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K", "S"), [(9001, 40, 3), (900, 264, 1), (901, 264, 5)])
+def test_long_rows_of_all_kinds_follow_one_another(
+    N: int, K: int, S: int, dtype: torch.dtype, direction: str
+) -> None:
+    """What is asked for while a row is worked on must survive whatever the row turns out to be."""
+    logits = torch.randn(N, K).to(dtype)
+    sources = [(logits + torch.randn(N, K)).to(dtype) for _ in range(S)]
+    labels = torch.arange(N) % (K - 1)
+    kinds = torch.arange(N) * 5 // 3 % 7  # two in a row now and then
+    labels[kinds == 1] = -100
+    for source in sources:
+        source[kinds == 2] = logits[kinds == 2]
+        source[kinds == 3, K - 1] = -torch.inf  # masked in all
+    logits[kinds == 3, K - 1] = -torch.inf
+    # The reference wants finite logits: e^-1e4 is 0 as well.
+    exact = double_leaf(logits.double().clamp(min=-1e4))
+    doubles = [source.double().clamp(min=-1e4) for source in sources]
+    expected = reference.distillation_loss(exact, doubles, labels, direction=direction)
+    expected[0].backward()
+    assert exact.grad is not None
+    fused = logits.clone().requires_grad_()
+    result = pycdgkd.distillation_loss(fused, sources, labels, direction=direction)
+    result.loss.backward()
+    assert_value(result.loss, expected[0], dtype)
+    assert_kl_grad(fused.grad, exact.grad, dtype)
