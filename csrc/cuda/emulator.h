@@ -200,9 +200,6 @@ T* in_block(T* shared, unsigned rank) {
 }
 inline void copy_async(void* shared, const void* from) { std::memcpy(shared, from, 16); }
 inline void await_copies() {}
-inline void commit_copies() {}
-template <int pending>
-void await_copies_but() {}
 inline void prefetch(const void*, unsigned) {}
 inline void await_previous() {}
 inline void let_next_begin() {}

@@ -250,14 +250,6 @@ __device__ __forceinline__ void copy_async(void* shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// The copies since the last such call are a group; the last `pending` groups need not be there.
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int pending>
-__device__ __forceinline__ void await_copies_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
 
 // 2^x to 2 units in the last place; below 2^-126 it is 0.
 __device__ __forceinline__ float exp2_approximate(float x) {

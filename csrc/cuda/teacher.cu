@@ -1,6 +1,6 @@
 // Eqs. 2-6, forward: the distance softmax of every modality and the cross-entropy in one launch,
 // whose last block combines what all blocks found.
-#include "teacher_stream.cuh"
+#include "teacher_rows.cuh"
 
 namespace pycdgkd {
 namespace cuda {
@@ -90,9 +90,9 @@ __device__ __forceinline__ void copy_out(const A* from, void* to, int64_t count)
   for (int64_t i = threadIdx.x; i < count; i += kThreads) static_cast<A*>(to)[i] = from[i];
 }
 
-template <class A>
-__device__ __forceinline__ Centred<A> prototypes_of(const Arguments& a, const Part& part,
-                                                    void* centred) {
+template <class A, int C, int R>
+__device__ __forceinline__ Sums prototype_rows(const Arguments& a, const Part& part,
+                                               void* centred) {
   const Modality& m = part.modality;
   const Centred<A> p(centred, m.D, a.K);
   if (a.in_shared) {
@@ -101,39 +101,10 @@ __device__ __forceinline__ Centred<A> prototypes_of(const Arguments& a, const Pa
       copy_out(p.mean, m.centred, centred_size(m.D, a.K));
     }
   }
-  return p;
-}
-
-template <class A, int C, int R>
-__device__ __forceinline__ Sums prototype_rows(const Arguments& a, const Part& part,
-                                               void* centred) {
-  const Centred<A> p = prototypes_of<A>(a, part, centred);
   if constexpr (C <= 8) {
-    StoredRows rows{part};
-    return lane_rows<A, C, R>(a, part, p, rows);
+    return lane_rows<A, C, R>(a, part, p);
   } else {
     return warp_rows<A, C, R>(a, part, p);
-  }
-}
-
-// The rows are on their way while the prototypes are centred.
-template <class T, class A, int C>
-__device__ __forceinline__ Sums streamed_rows(const Arguments& a, const Part& part) {
-  RowStream<T, kStreamedRows> rows(a, part);
-  const Centred<A> p = prototypes_of<A>(a, part, dynamic_shared());
-  return lane_rows<A, C, kStreamedRows>(a, part, p, rows);
-}
-
-template <class A, int C>
-__device__ __forceinline__ Sums streamed_rows(const Arguments& a, const Part& part) {
-  if constexpr (sizeof(A) == 8) {
-    return streamed_rows<double, A, C>(a, part);
-  } else if (part.modality.features.dtype == Dtype::float32) {
-    return streamed_rows<float, A, C>(a, part);
-  } else if (part.modality.features.dtype == Dtype::bfloat16) {
-    return streamed_rows<bfloat16, A, C>(a, part);
-  } else {
-    return streamed_rows<float16, A, C>(a, part);
   }
 }
 
@@ -156,9 +127,9 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<A>(C))
     if constexpr (C == 0) {
       sums = finished_rows<A>(a, mine.modality);
     } else {
-      constexpr bool lanes = C <= 8 && R == kStreamedRows;
-      if (lanes && mine.streamed) {
-        if constexpr (lanes) sums = streamed_rows<A, C>(a, mine);
+      // Two copies where it pays, so that the one knows its loads to be of shared memory.
+      if (C == 1 && R > 1 && a.in_shared) {
+        sums = prototype_rows<A, C, R>(a, mine, dynamic_shared());
       } else {
         sums = prototype_rows<A, C, R>(a, mine,
                                        a.in_shared ? dynamic_shared() : mine.modality.centred);
@@ -197,8 +168,7 @@ void start(const Arguments& a, bool few_rows, dim3 grid, size_t shared, Stream s
   few_rows ? start<A, 4, 1>(a, grid, shared, stream) : start<A, 4, 4>(a, grid, shared, stream);
 }
 
-// Few rows are spread over as many warps as there are; of many, a warp takes `groups` times four,
-// up to a row a lane, so that all warps have as many.
+// Few rows are spread over as many warps as there are; of many, a warp takes `groups` times four.
 struct Rows {
   unsigned blocks;
   bool few;
@@ -213,11 +183,8 @@ Rows rows_of(const Teacher& t) {
   const int64_t C = t.K == 2 ? 1 : (t.K > 4 ? 8 : 4);
   const int resident = t.wide ? resident_blocks<double>(C) : resident_blocks<float>(C);
   const int64_t blocks = (resident > 1 ? resident : 4) * multiprocessors;
-  const int64_t warps = blocks * kWarps, turns = (t.N + 32 * warps - 1) / (32 * warps);
-  const bool few = t.N <= warps;
-  const int64_t each = few || t.K > 8 ? 1 : (t.N + turns * warps - 1) / (turns * warps);
-  return {blocks_for(t.N, few ? kWarps : 4 * kWarps, blocks), few,
-          static_cast<int>((each + 3) / 4)};
+  const bool few = t.N <= blocks * kWarps, many = t.N >= 2 * 4 * blocks * kWarps;
+  return {blocks_for(t.N, few ? kWarps : 4 * kWarps, blocks), few, many ? 2 : 1};
 }
 
 // Shared memory for the widest modality, 0 if it does not fit.
@@ -231,16 +198,6 @@ size_t shared_bytes_of(const Teacher& t) {
   const size_t bytes = static_cast<size_t>(most) * (t.wide ? 8 : 4);
   // Beside it: what the kernel declares itself. More than two blocks should fit a multiprocessor.
   return bytes + 4096 <= device_limits().shared_bytes / 2 ? bytes : 0;
-}
-
-// Where in shared memory the rings begin, which must not cost a block its place; 0: nowhere.
-unsigned ring_of(const Teacher& t, bool few_rows, size_t shared) {
-  if (t.K > 8 || few_rows || shared == 0) return 0;
-  const int64_t C = t.K == 2 ? 1 : (t.K > 4 ? 8 : 4);
-  const int resident = t.wide ? resident_blocks<double>(C) : resident_blocks<float>(C);
-  // Beside it: what the kernel declares itself, and 1 KB that each block takes.
-  const size_t needed = (shared + kRingBytes + 1280) * static_cast<size_t>(resident);
-  return needed <= device_limits().shared_bytes ? static_cast<unsigned>(shared) : 0;
 }
 
 size_t partial_bytes(const Teacher& t, unsigned blocks) {
@@ -282,7 +239,6 @@ void modality_weights(const Values& rates, int64_t M, bool wide, void* weights, 
 void teacher(const Teacher& t, void* workspace, Stream stream) {
   const auto [blocks, few_rows, groups] = rows_of(t);
   const size_t shared = shared_bytes_of(t);
-  const unsigned ring = ring_of(t, few_rows, shared);
   Arguments a{t.N,
               t.K,
               t.M,
@@ -299,7 +255,6 @@ void teacher(const Teacher& t, void* workspace, Stream stream) {
               0,
               shared > 0,
               groups,
-              ring,
               {}};
   const bool with_logits = t.logits.data != nullptr;
   int64_t next = 0;
@@ -309,10 +264,7 @@ void teacher(const Teacher& t, void* workspace, Stream stream) {
     a.first_part = first && with_logits ? 0 : static_cast<int>(1 + next);
     for (int64_t m = 0; m < count; ++m) {
       const Modality& modality = t.modalities[next + m];
-      const Matrix& z = modality.features;
-      const bool vectors = has_vector_rows(z);
-      a.parts[m] = {modality, vectors,
-                    ring > 0 && vectors && modality.D * element_size(z.dtype) % 16 == 0};
+      a.parts[m] = {modality, has_vector_rows(modality.features)};
       if (t.K <= kFewClasses && shared == 0) {
         centre_prototypes(
             {modality.D, t.K, t.wide, t.scale, modality.prototypes, t.counts, modality.centred},
@@ -322,9 +274,8 @@ void teacher(const Teacher& t, void* workspace, Stream stream) {
     next += count;
     a.counter = next == t.M ? take_counters(workspace, 1, stream) : nullptr;
     const dim3 grid(blocks, static_cast<unsigned>(count + (first && with_logits ? 1 : 0)));
-    const size_t bytes = ring > 0 ? ring + kRingBytes : shared;
-    t.wide ? start<double>(a, few_rows, grid, bytes, stream)
-           : start<float>(a, few_rows, grid, bytes, stream);
+    t.wide ? start<double>(a, few_rows, grid, shared, stream)
+           : start<float>(a, few_rows, grid, shared, stream);
   } while (next < t.M);
 }
 

@@ -10,12 +10,10 @@ namespace {
 
 inline constexpr int kThreads = 256, kWarps = kThreads / 32;
 inline constexpr int kMostModalities = 8;  // of one launch
-inline constexpr int kStreamedRows = 4;    // that a warp works on at once
 
 struct Part {
   Modality modality;
-  bool vectors;   // rows can be read 16 bytes at a time
-  bool streamed;  // and, being whole vectors, through the ring
+  bool vectors;  // rows can be read 16 bytes at a time
 };
 
 struct Arguments {
@@ -32,7 +30,6 @@ struct Arguments {
   int first_part;     // of this launch: 0 is the cross-entropy, 1 + m a modality
   bool in_shared;     // each block centres the prototypes for itself
   int groups;         // of rows that a warp finishes together
-  unsigned ring;      // where in shared memory the warps' rings begin; 0: none
   Part parts[kMostModalities];
 };
 

@@ -15,13 +15,13 @@ __device__ __forceinline__ int active_class_of(const Arguments& a, int64_t i) {
   return y >= 0 && is_active(a.counts, y) ? y : -1;
 }
 
-// acc[r][c] += (z_r - mean) . y_c over V columns, the y_c `stride` apart; for the registers' sake
-// 4 columns at a time.
+// acc[r][c] += (z_r - mean) . y_c over V columns, the y_c `stride` apart; with many sums in
+// registers, 4 columns at a time.
 template <class T, int V, int R, int C, class A>
 __device__ __forceinline__ void add_products(const Packed<T, V> (&raw)[R], const A* means,
                                              const A* y, int64_t stride, int count,
                                              A (&acc)[R][C]) {
-  constexpr int H = V < 4 ? V : 4;
+  constexpr int H = V < 4 || C == 1 ? V : 4;
 #pragma unroll
   for (int h = 0; h < V; h += H) {
     A mean[H], x[R][H];
@@ -94,11 +94,11 @@ __device__ __forceinline__ int pieces_of(int64_t vectors) {
   return static_cast<int>((vectors - lane_id() + 31) / 32);
 }
 
-// Pieces in flight: of 16 bytes, 4 a lane.
+// Pieces in flight: of 16 bytes, 8 a lane, fewer where the sums take the registers.
 template <class T, int R, int C, class A>
 __device__ __forceinline__ void row_products(const Part& part, int64_t first, const Centred<A>& p,
                                              const A* y, int count, A (&acc)[R][C]) {
-  constexpr int V = kVector<T>, U = C > 1 ? 1 : 4 / R;
+  constexpr int V = kVector<T>, U = C > 1 ? 1 : 8 / (R < 2 ? 2 : R);
   const Matrix& features = part.modality.features;
   const T* rows = static_cast<const T*>(features.data) + first * features.row_stride;
   const int64_t D = part.modality.D, whole = part.vectors ? D / V * V : 0;
@@ -113,29 +113,15 @@ __device__ __forceinline__ void row_products(const Part& part, int64_t first, co
   add_pieces<1, U>(at, pieces_of(D - whole), acc);
 }
 
+// Of rows `first` and the R - 1 after it.
 template <int R, int C, class A>
-__device__ __forceinline__ void clear(A (&acc)[R][C]) {
+__device__ __forceinline__ void products(const Part& part, int64_t first, const Centred<A>& p,
+                                         const A* y, int count, A (&acc)[R][C]) {
 #pragma unroll
   for (int r = 0; r < R; ++r) {
 #pragma unroll
     for (int c = 0; c < C; ++c) acc[r][c] = A(0);
   }
-}
-
-template <int R, int C, class A>
-__device__ __forceinline__ void sum_over_warp(A (&acc)[R][C]) {
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-#pragma unroll
-    for (int c = 0; c < C; ++c) acc[r][c] = warp_sum(acc[r][c]);
-  }
-}
-
-// Of rows `first` and the R - 1 after it.
-template <int R, int C, class A>
-__device__ __forceinline__ void products(const Part& part, int64_t first, const Centred<A>& p,
-                                         const A* y, int count, A (&acc)[R][C]) {
-  clear(acc);
   // In float64 everything is.
   if constexpr (sizeof(A) == 8) {
     row_products<double>(part, first, p, y, count, acc);
@@ -146,20 +132,12 @@ __device__ __forceinline__ void products(const Part& part, int64_t first, const 
   } else {
     row_products<float16>(part, first, p, y, count, acc);
   }
-  sum_over_warp(acc);
-}
-
-// Rows as they lie in memory; teacher_stream.cuh has them from a ring.
-struct StoredRows {
-  static constexpr bool skips = true;
-  const Part& part;
-
-  template <int R, int C, class A>
-  __device__ __forceinline__ void products(int64_t first, const Centred<A>& p, const A* y,
-                                           int count, A (&acc)[R][C]) const {
-    cuda::products(part, first, p, y, count, acc);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) acc[r][c] = warp_sum(acc[r][c]);
   }
-};
+}
 
 // ---- up to 8 classes: a lane a row --------------------------------------------------------------
 
@@ -221,33 +199,22 @@ __device__ __forceinline__ void logits_of(const A (&products)[C], const Centred<
 
 // A warp takes a.groups times R rows; when their products are known, each lane finishes a row. The
 // warps of a block lie far apart among the rows: so every multiprocessor has as many of them.
-__device__ __forceinline__ int64_t first_row(const Arguments& a, int R) {
-  return (static_cast<int64_t>(warp_id()) * gridDim.x + blockIdx.x) * a.groups * R;
-}
-__device__ __forceinline__ int64_t row_step(const Arguments& a, int R) {
-  return static_cast<int64_t>(gridDim.x) * kWarps * a.groups * R;
-}
-
-// The last rows come with rows before them, whose products are the same once more.
-template <int R>
-__device__ __forceinline__ int64_t clamped_row(const Arguments& a, int64_t row) {
-  return row + R <= a.N ? row : a.N - R;
-}
-
-template <class A, int C, int R, class Rows>
-__device__ __forceinline__ Sums lane_rows(const Arguments& a, const Part& part, const Centred<A>& p,
-                                          Rows& rows) {
+template <class A, int C, int R>
+__device__ __forceinline__ Sums lane_rows(const Arguments& a, const Part& part,
+                                          const Centred<A>& p) {
   constexpr int L = C == 1 ? 2 : C;
   double losses = 0.0, rates = 0.0;
   int done = 0;
   const Modality& m = part.modality;
   const A* y = C == 1 ? p.rows + 2 * p.stride : p.rows;
   const int count = C == 1 ? 1 : static_cast<int>(a.K);
-  const int lane = lane_id();
-  for (int64_t first = first_row(a, R); first < a.N; first += row_step(a, R)) {
-    const int chunk = a.N - first < a.groups * R ? static_cast<int>(a.N - first) : a.groups * R;
+  const A twice = static_cast<A>(2.0 * a.scale);
+  const int lane = lane_id(), chunk = a.groups * R;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps * chunk;
+  for (int64_t first = (static_cast<int64_t>(warp_id()) * gridDim.x + blockIdx.x) * chunk;
+       first < a.N; first += step) {
     const int64_t mine = first + lane;
-    const bool has_row = lane < chunk;
+    const bool has_row = lane < chunk && mine < a.N;
     const int k = has_row ? active_class_of(a, mine) : -1;
     const unsigned active = __ballot_sync(kAllLanes, k >= 0);
     A kept[C];
@@ -255,11 +222,11 @@ __device__ __forceinline__ Sums lane_rows(const Arguments& a, const Part& part, 
     for (int c = 0; c < C; ++c) kept[c] = A(0);
 #pragma unroll 1
     for (int begin = 0; begin < chunk; begin += R) {
-      if (Rows::skips && (active >> begin & ((1u << R) - 1u)) == 0) continue;
-      const int64_t row = clamped_row<R>(a, first + begin);
+      if ((active >> begin & ((1u << R) - 1u)) == 0) continue;
+      // The last rows come with rows before them, whose products are the same once more.
+      const int from = static_cast<int>(first + begin + R <= a.N ? begin : a.N - R - first);
       A acc[R][C];
-      rows.products(row, p, y, count, acc);
-      const int from = static_cast<int>(row - first);
+      products(part, first + from, p, y, count, acc);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -270,7 +237,7 @@ __device__ __forceinline__ Sums lane_rows(const Arguments& a, const Part& part, 
     A loss = A(0), true_prob = A(0);
     if (k >= 0) {
       A logit[L];
-      logits_of(kept, p, static_cast<A>(2.0 * a.scale), a.K, logit);
+      logits_of(kept, p, twice, a.K, logit);
       const RowSoftmax<A, L> row(logit, a.K, k);
       row.leave_residual(m.residual, mine, a.K);
       loss = row.loss;
