@@ -58,7 +58,6 @@ struct alignas(16) Shared {
   // Of the row, as its first two warps find them.
   double totals[kSums<S, reverse>];
   float maxima[S + 1], anchors[S], sums[kSums<S, reverse>], divergence;
-  float true_logit;  // the student's, of the true class
   Verdict verdict;
   Gradient gradient;
   Ratio<float> ratios[S];

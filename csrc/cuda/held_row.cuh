@@ -12,12 +12,6 @@ class HeldRow {
  public:
   static constexpr int V = kVector<T>;
   static_assert(R * V <= 32, "tell_anchors: a lane an element");
-  static constexpr int W = kPart, parts = V / W;
-  // Of the S + 1 places of a vector those that the gradient needs: reverse, distances and slopes in
-  // place of the logits.
-  static constexpr int kKept = reverse ? 2 * parts : S + 1;
-  // Where the others are many, the next row is asked for as soon as they are free.
-  static constexpr bool kEarly = 2 * kKept <= S + 1;
   using Common = Shared<S, reverse>;
 
   __device__ __forceinline__ HeldRow(const DistillationArguments& d, Common& shared)
@@ -111,10 +105,10 @@ class HeldRow {
   };
   // By the last warp, as the first ones have more to do.
   __device__ __forceinline__ bool finds_next() const { return threadIdx.x == blockDim.x - 32; }
-  // Whether it is found before the blocks meet for the sums, when they tell each other which chunk
-  // is next: that rules out a chunk of a single row.
+  // Whether it can be found before the blocks have met for the sums, when they tell each other
+  // which chunk is next: not in a chunk of a single row.
   __device__ __forceinline__ bool finds_early() const {
-    return kEarly && (i_ + 1 != shared_.chunk_end || !shared_.begins_chunk);
+    return i_ + 1 != shared_.chunk_end || !shared_.begins_chunk;
   }
   __device__ __forceinline__ Next find_next() const {
     if (i_ + 1 == shared_.chunk_end) return first_of(shared_.next_chunk);
@@ -127,18 +121,14 @@ class HeldRow {
   __device__ __forceinline__ int class_or_none(int64_t row) const {
     return row < d_.N ? class_of(d_.labels, row, d_.K) : -1;
   }
-  // What the others know when the block has met; it is announced to the L2 cache.
+  // What the others know when the block has met.
   __device__ __forceinline__ void tell_next(const Next& next) const {
     if (next.begins_chunk) begin_chunk(next.row, next.chunk);
     shared_.knows_next = true;
     shared_.next = next.row;
     shared_.next_class = next.y;
     shared_.begins_chunk = next.begins_chunk;
-    if (next.y < 0) return;
-    tell_rows(next.row, shared_.next_rows);
-    for (int row = 0; shared_.bytes > 0 && row <= count_; ++row) {
-      prefetch(shared_.next_rows[row] + begin_, shared_.bytes);
-    }
+    if (next.row < d_.N) tell_rows(next.row, shared_.next_rows);
   }
   __device__ __forceinline__ void tell_nothing() const {
     shared_.knows_next = false;
@@ -200,6 +190,13 @@ class HeldRow {
     return reinterpret_cast<uint4*>(dynamic_shared() + sizeof(Common)) + at;
   }
 
+  // This block's part of the next row towards the L2 cache, a thread for each of its rows.
+  __device__ __forceinline__ void announce_next() const {
+    const int j = static_cast<int>(threadIdx.x);
+    if (shared_.next_class < 0 || j > count_ || shared_.bytes == 0) return;
+    prefetch(shared_.next_rows[j] + begin_, shared_.bytes);
+  }
+
   // told: whether this warp has written to other blocks since they met. Only then must it wait
   // until all that it wrote, gradients too, has arrived.
   __device__ __forceinline__ void meet(bool told) const {
@@ -223,11 +220,8 @@ class HeldRow {
   // Meanwhile the next row is found, if it can be.
   __device__ __forceinline__ void find_maxima() {
     Next next{};
-    float true_logit = 0.0f;
     const bool finds = finds_next(), early = finds && finds_early();
-    // What these answer is waited for together with the copies.
-    if (finds) true_logit = student_element<float>(d_, i_, y_);
-    if (early) next = find_next();
+    if (early) next = find_next();  // the answer is waited for together with the copies
     await_copies();
     float mine[S + 1];
 #pragma unroll
@@ -238,28 +232,21 @@ class HeldRow {
       if (lane_id() == 0) shared_.warp_maxima[j][warp_id()] = most;
     }
     __syncthreads();
-    if (finds) {
-      shared_.true_logit = true_logit;
-      early ? tell_next(next) : tell_nothing();
-    }
-    bool told = false;
+    if (finds) early ? tell_next(next) : tell_nothing();
+    bool told = warp_id() == 0;
     const int warps = static_cast<int>(blockDim.x) / 32;
 #pragma unroll
     for (int j = 0; j <= S; ++j) {
       // Reverse: of the student all sources' anchors; forward: of each source the student's.
       const bool anchors = (j == 0) == reverse && j <= count_;
-      const bool own = warp_id() == (j < warps ? j : 0);
-      if (!anchors && !own) continue;
+      if (!anchors && warp_id() != 0) continue;
       const float most = lane_id() < warps ? shared_.warp_maxima[j][lane_id()] : -infinity<float>();
       const float block = warp_largest(most);
       if (anchors && first_lane(lane_id() < warps && most == block) == warp_id()) {
         tell_anchors(j, first_lane(mine[j] == block), block);
         told = true;
       }
-      if (!own) continue;
-      const auto to = static_cast<unsigned>(lane_id());
-      if (to < size_) in_block(&shared_.first[rank_], to)->maximum[j] = block;
-      told = true;
+      if (threadIdx.x < size_) in_block(&shared_.first[rank_], threadIdx.x)->maximum[j] = block;
     }
     meet(told);
     combine_maxima();
@@ -291,16 +278,6 @@ class HeldRow {
     for (int j = 0; j <= S; ++j) shared_.maxima[j] = maxima_[j];
   }
 
-  // What is told to all blocks is written by many threads, each to one: value `at` / size.
-  struct Told {
-    int value;
-    unsigned to;
-  };
-  __device__ __forceinline__ Told across(int at) const {
-    const int bits = __ffs(static_cast<int>(size_)) - 1;  // the size is a power of 2
-    return {at >> bits, static_cast<unsigned>(at) & (size_ - 1)};
-  }
-
   __device__ __forceinline__ int first_lane(bool holds) const {
     return __ffs(static_cast<int>(__ballot_sync(kAllLanes, holds))) - 1;
   }
@@ -314,14 +291,11 @@ class HeldRow {
     };
     const bool held = n < R * V && vector(n / V) + back < vectors_;
     const int at = first_lane(held && element(j, n) == most);
-    if (at < 0) return;
-    const int slots = reverse ? count_ : 1;
-    const float anchor = n < slots ? element(reverse ? 1 + n : 0, at) : 0.0f;
-#pragma unroll 1
-    for (int first = 0; first < slots * static_cast<int>(size_); first += 32) {
-      const auto [slot, to] = across(first + n);
-      const float told = __shfl_sync(kAllLanes, anchor, slot);
-      if (slot < slots) in_block(&shared_.first[rank_], to)->anchor[reverse ? slot : j - 1] = told;
+    const int slot = reverse ? n : j - 1;
+    if (at < 0 || n >= (reverse ? count_ : 1)) return;
+    const float anchor = element(reverse ? 1 + n : 0, at);
+    for (unsigned q = 0; q < size_; ++q) {
+      in_block(&shared_.first[rank_], q)->anchor[slot] = anchor;
     }
   }
 

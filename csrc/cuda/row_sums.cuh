@@ -12,12 +12,13 @@ class RowSums : public HeldRow<T, S, R, reverse> {
   using Held = HeldRow<T, S, R, reverse>;
 
  protected:
-  using Held::across, Held::kEarly, Held::kKept, Held::parts, Held::W;
   using Held::anchors_, Held::count_, Held::d_, Held::held_, Held::i_, Held::maxima_, Held::meet;
   using Held::place, Held::rank_, Held::shared_, Held::size_, Held::tell_chunk;
   using Held::temperature_, Held::V, Held::vector, Held::y_;
-  static constexpr int Q = kSums<S, reverse>;
+  static constexpr int W = kPart, parts = V / W, Q = kSums<S, reverse>;
   static constexpr bool exact = sizeof(T) == 4;
+  // Rows of a place that the gradient needs: reverse, distances and slopes in place of the logits.
+  static constexpr int kKept = reverse ? 2 * parts : S + 1;
 
   __device__ __forceinline__ RowSums(const DistillationArguments& d, Shared<S, reverse>& shared)
       : Held(d, shared), scale_(scale_of(d.temperature)) {
@@ -67,7 +68,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 
   __device__ __forceinline__ void add_up(unsigned next_chunk) {
     float sums[Q] = {};
-    const bool more = kEarly && shared_.next_class >= 0;
+    const bool more = kKept <= S && shared_.next_class >= 0;
 #pragma unroll 1
     for (int r = 0; r < held_; ++r) {
       is_usual(r) ? add<true>(r, sums) : add<false>(r, sums);
@@ -79,17 +80,18 @@ class RowSums : public HeldRow<T, S, R, reverse> {
       if (lane_id() == 0) shared_.warp_sums[warp_id()][q] = total;
     }
     __syncthreads();
-    const int told = Q * static_cast<int>(size_);
-#pragma unroll 1
-    for (int at = static_cast<int>(threadIdx.x); at < told; at += static_cast<int>(blockDim.x)) {
-      const auto [q, to] = across(at);
+    if (static_cast<int>(threadIdx.x) < Q) {
       double total = 0.0;
 #pragma unroll 8
-      for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += shared_.warp_sums[w][q];
-      *in_block(&shared_.second[rank_][q], to) = total;
+      for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
+        total += shared_.warp_sums[w][threadIdx.x];
+      }
+      for (unsigned q = 0; q < size_; ++q) {
+        *in_block(&shared_.second[rank_][threadIdx.x], q) = total;
+      }
     }
     tell_chunk(next_chunk);
-    meet(warp_id() * 32 < told);
+    meet(warp_id() == 0);
   }
 
   // Of the classes of vector r.
@@ -230,7 +232,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 
   // What the gradient of all its classes shares; the cross-entropy.
   __device__ __forceinline__ void settle_gradient() const {
-    const float true_logit = shared_.true_logit;
+    const float true_logit = student_element<float>(d_, i_, y_);
     const auto total = static_cast<float>(own_total());
     const float sum = __shfl_sync(kAllLanes, total, 0), others = __shfl_sync(kAllLanes, total, 1);
     const float mean = reverse ? __shfl_sync(kAllLanes, total, 2 + S) / sum : 0.0f;
