@@ -14,8 +14,8 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
   using Held::find_next, Held::finds_next, Held::go_on, Held::leads, Held::leave_sums;
   using Held::pass_over, Held::take_chunk, Held::tell_next;
   using Sums::add_up, Sums::anchors_, Sums::count_, Sums::d_, Sums::exact;
-  using Sums::factors_, Sums::held_, Sums::i_, Sums::is_usual, Sums::kKept, Sums::maxima_,
-      Sums::meet;
+  using Sums::factors_, Sums::held_, Sums::i_, Sums::is_usual, Sums::kEarly, Sums::kKept,
+      Sums::maxima_, Sums::meet;
   using Sums::parts, Sums::place, Sums::plain, Sums::ratio_at_anchor, Sums::rank_, Sums::scale_,
       Sums::settle;
   using Sums::shared_, Sums::size_, Sums::V, Sums::vector, Sums::W, Sums::y_;
@@ -36,7 +36,7 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
   __device__ __forceinline__ void work_row() {
     const unsigned chunk = take_chunk();
     find_maxima();
-    announce_next();
+    if (kEarly) announce_next();
     add_up(chunk);
     settle();
     const bool late = !shared_.knows_next;
@@ -83,7 +83,7 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
       is_usual(r) ? write_vector<true>(r, g) : write_vector<false>(r, g);
       if (!more) continue;
       Held::template copy_vector<0, kKept>(shared_.next_rows, r);
-      if (kKept <= S && late) Held::template copy_vector<kKept, S + 1>(shared_.next_rows, r);
+      if (!kEarly || late) Held::template copy_vector<kKept, S + 1>(shared_.next_rows, r);
     }
   }
 

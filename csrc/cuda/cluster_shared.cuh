@@ -38,11 +38,15 @@ struct Gradient {
 template <int S, bool reverse>
 struct alignas(16) Shared {
   float warp_maxima[S + 1][kWarps];
-  double warp_sums[kWarps][kSums<S, reverse>];
-  double warp_extra[kWarps][2 * S];
+  union {  // the second of each, of rows that are read once more
+    double warp_sums[kWarps][kSums<S, reverse>];
+    double warp_extra[kWarps][2 * S];
+  };
   First<S> first[kRanks];
-  double second[kRanks][kSums<S, reverse>];
-  double extra[kRanks][2 * S];
+  union {
+    double second[kRanks][kSums<S, reverse>];
+    double extra[kRanks][2 * S];
+  };
   double ce, kl, rows;  // sums of this chunk; rows that take part in all
   Factors<float> factors_of_rows;
   double unit;                              // 1 / T, as the exponentials have it after rounding

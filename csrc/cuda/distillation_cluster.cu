@@ -49,7 +49,6 @@ template <class T, int S, int R, bool reverse>
 __global__ void __launch_bounds__(S == 3 ? 768 : kWarps * 32, 1)
     cluster_rows_kernel(const __grid_constant__ DistillationArguments d) {
   await_previous();
-  let_next_begin();
   if constexpr (S > kFewSlots) {
     if (active_sources(d) <= kFewSlots) return work_rows<T, kFewSlots, R, reverse>(d);
   }

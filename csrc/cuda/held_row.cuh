@@ -12,6 +12,13 @@ class HeldRow {
  public:
   static constexpr int V = kVector<T>;
   static_assert(R * V <= 32, "tell_anchors: a lane an element");
+  static constexpr int W = kPart, parts = V / W;
+  // Of the S + 1 places of a vector those that the gradient needs: reverse, distances and slopes in
+  // place of the logits.
+  static constexpr int kKept = reverse ? 2 * parts : S + 1;
+  // Where the others are many, the next row is asked for as soon as they are free; a single one is
+  // not worth it.
+  static constexpr bool kEarly = 2 * kKept <= S + 1;
   using Common = Shared<S, reverse>;
 
   __device__ __forceinline__ HeldRow(const DistillationArguments& d, Common& shared)
@@ -105,10 +112,10 @@ class HeldRow {
   };
   // By the last warp, as the first ones have more to do.
   __device__ __forceinline__ bool finds_next() const { return threadIdx.x == blockDim.x - 32; }
-  // Whether it can be found before the blocks have met for the sums, when they tell each other
-  // which chunk is next: not in a chunk of a single row.
+  // Whether it is found before the blocks meet for the sums, when they tell each other which chunk
+  // is next: that rules out a chunk of a single row.
   __device__ __forceinline__ bool finds_early() const {
-    return i_ + 1 != shared_.chunk_end || !shared_.begins_chunk;
+    return kEarly && (i_ + 1 != shared_.chunk_end || !shared_.begins_chunk);
   }
   __device__ __forceinline__ Next find_next() const {
     if (i_ + 1 == shared_.chunk_end) return first_of(shared_.next_chunk);

@@ -13,12 +13,11 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 
  protected:
   using Held::anchors_, Held::count_, Held::d_, Held::held_, Held::i_, Held::maxima_, Held::meet;
+  using Held::kEarly, Held::kKept, Held::parts, Held::W;
   using Held::place, Held::rank_, Held::shared_, Held::size_, Held::tell_chunk;
   using Held::temperature_, Held::V, Held::vector, Held::y_;
-  static constexpr int W = kPart, parts = V / W, Q = kSums<S, reverse>;
+  static constexpr int Q = kSums<S, reverse>;
   static constexpr bool exact = sizeof(T) == 4;
-  // Rows of a place that the gradient needs: reverse, distances and slopes in place of the logits.
-  static constexpr int kKept = reverse ? 2 * parts : S + 1;
 
   __device__ __forceinline__ RowSums(const DistillationArguments& d, Shared<S, reverse>& shared)
       : Held(d, shared), scale_(scale_of(d.temperature)) {
@@ -68,7 +67,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 
   __device__ __forceinline__ void add_up(unsigned next_chunk) {
     float sums[Q] = {};
-    const bool more = kKept <= S && shared_.next_class >= 0;
+    const bool more = kEarly && shared_.next_class >= 0;
 #pragma unroll 1
     for (int r = 0; r < held_; ++r) {
       is_usual(r) ? add<true>(r, sums) : add<false>(r, sums);
