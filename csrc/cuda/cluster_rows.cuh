@@ -14,7 +14,7 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
   using Held::find_next, Held::finds_next, Held::go_on, Held::leads, Held::leave_sums;
   using Held::pass_over, Held::take_chunk, Held::tell_next;
   using Sums::add_up, Sums::anchors_, Sums::count_, Sums::d_, Sums::exact;
-  using Sums::factors_, Sums::held_, Sums::i_, Sums::is_usual, Sums::kEarly, Sums::kKept,
+  using Sums::factors_, Sums::held_, Sums::i_, Sums::is_usual, Sums::kKept, Sums::knew_next,
       Sums::maxima_, Sums::meet;
   using Sums::parts, Sums::place, Sums::plain, Sums::ratio_at_anchor, Sums::rank_, Sums::scale_,
       Sums::settle;
@@ -36,32 +36,25 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
   __device__ __forceinline__ void work_row() {
     const unsigned chunk = take_chunk();
     find_maxima();
-    if (kEarly) announce_next();
+    if (knew_next()) announce_next();
     add_up(chunk);
     settle();
-    const bool late = !shared_.knows_next;
-    if (late) find_late();
+    if (finds_next() && !knew_next()) tell_next(find_next());
     __syncthreads();
-    if (late) announce_next();
-    const float divergence = write(late);
+    if (!knew_next()) announce_next();
+    const float divergence = write();
     if (!leads()) return;
     if (d_.row_kl != nullptr) static_cast<float*>(d_.row_kl)[i_] = divergence;
     shared_.kl += static_cast<double>(divergence);
     leave_sums();
   }
 
-  // All have read that it was not known.
-  __device__ __forceinline__ void find_late() const {
-    __syncthreads();
-    if (finds_next()) tell_next(find_next());
-  }
-
   // The gradient; by what formulas is for the sums to say. Meanwhile the next row is asked for.
   // Returns the divergence, to the thread that leads.
-  __device__ __forceinline__ float write(bool late) {
+  __device__ __forceinline__ float write() {
     const Verdict verdict = shared_.verdict;
     if (verdict == Verdict::good) {
-      d_.grad != nullptr ? write_gradient(late) : ask_for_next();
+      d_.grad != nullptr ? write_gradient() : ask_for_next();
       return shared_.divergence;
     }
     float divergence;
@@ -74,16 +67,15 @@ class ClusterRows : public RowSums<T, S, R, reverse> {
     return divergence;
   }
 
-  // late: add_up has not asked for what the gradient does not need.
-  __device__ __forceinline__ void write_gradient(bool late) const {
+  __device__ __forceinline__ void write_gradient() const {
     const Gradient g = shared_.gradient;
-    const bool more = shared_.next_class >= 0;
+    const bool more = shared_.next_class >= 0, asked = knew_next();  // for what add_up could free
 #pragma unroll 1
     for (int r = 0; r < held_; ++r) {
       is_usual(r) ? write_vector<true>(r, g) : write_vector<false>(r, g);
       if (!more) continue;
       Held::template copy_vector<0, kKept>(shared_.next_rows, r);
-      if (!kEarly || late) Held::template copy_vector<kKept, S + 1>(shared_.next_rows, r);
+      if (!asked) Held::template copy_vector<kKept, S + 1>(shared_.next_rows, r);
     }
   }
 

@@ -54,7 +54,7 @@ struct alignas(16) Shared {
   unsigned chunk, next_chunk, ended_chunk;  // the present one, the one after it, the one before it
   int64_t chunk_end;
   bool begins_chunk;  // whether the next row does
-  bool knows_next;    // whether what follows is of the row after this one already
+  bool knew_next;     // whether the next row was known before this one's sums
   int64_t next;       // that row, and its class
   int next_class;
   const uint4* next_rows[S + 1];     // its logits

@@ -131,16 +131,13 @@ class HeldRow {
   // What the others know when the block has met.
   __device__ __forceinline__ void tell_next(const Next& next) const {
     if (next.begins_chunk) begin_chunk(next.row, next.chunk);
-    shared_.knows_next = true;
     shared_.next = next.row;
     shared_.next_class = next.y;
     shared_.begins_chunk = next.begins_chunk;
     if (next.row < d_.N) tell_rows(next.row, shared_.next_rows);
   }
-  __device__ __forceinline__ void tell_nothing() const {
-    shared_.knows_next = false;
-    shared_.next_class = -1;
-  }
+  // Whether they knew it before the sums: the same answer to all, until the next row's maxima.
+  __device__ __forceinline__ bool knew_next() const { return kEarly && shared_.knew_next; }
   __device__ __forceinline__ void begin_chunk(int64_t first, unsigned chunk) const {
     const int64_t end = first + d_.chunk;
     shared_.ended_chunk = shared_.chunk;
@@ -239,7 +236,8 @@ class HeldRow {
       if (lane_id() == 0) shared_.warp_maxima[j][warp_id()] = most;
     }
     __syncthreads();
-    if (finds) early ? tell_next(next) : tell_nothing();
+    if (finds) shared_.knew_next = early;
+    if (early) tell_next(next);
     bool told = warp_id() == 0;
     const int warps = static_cast<int>(blockDim.x) / 32;
 #pragma unroll

@@ -13,7 +13,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 
  protected:
   using Held::anchors_, Held::count_, Held::d_, Held::held_, Held::i_, Held::maxima_, Held::meet;
-  using Held::kEarly, Held::kKept, Held::parts, Held::W;
+  using Held::kKept, Held::knew_next, Held::parts, Held::W;
   using Held::place, Held::rank_, Held::shared_, Held::size_, Held::tell_chunk;
   using Held::temperature_, Held::V, Held::vector, Held::y_;
   static constexpr int Q = kSums<S, reverse>;
@@ -67,7 +67,7 @@ class RowSums : public HeldRow<T, S, R, reverse> {
 
   __device__ __forceinline__ void add_up(unsigned next_chunk) {
     float sums[Q] = {};
-    const bool more = kEarly && shared_.next_class >= 0;
+    const bool more = knew_next() && shared_.next_class >= 0;
 #pragma unroll 1
     for (int r = 0; r < held_; ++r) {
       is_usual(r) ? add<true>(r, sums) : add<false>(r, sums);
