@@ -6,10 +6,9 @@
 // slope, from which value and gradient follow. Where the value would cancel (student and sources
 // all but equal) or logits are infinite, the row is read once more.
 #include <algorithm>
-#include <map>
-#include <mutex>
 #include <tuple>
 
+#include "answers.h"
 #include "cluster_rows.cuh"
 
 namespace pycdgkd {
@@ -72,26 +71,18 @@ Shape shape_of(int64_t vectors, int R, unsigned most_blocks) {
   return {0, 0};
 }
 
-// Both are asked once of each device: the answers do not change, the questions take microseconds.
 template <auto kernel>
 unsigned most_blocks_of_device() {
-  static std::mutex lock;
-  static std::map<int, unsigned> known;
-  const std::lock_guard<std::mutex> guard(lock);
-  const auto found = known.find(current_device());
-  if (found != known.end()) return found->second;
-  return known[current_device()] = most_cluster_blocks<kernel>();
+  static Answers<int, unsigned> known;
+  return known.of(current_device(), [] { return most_cluster_blocks<kernel>(); });
 }
 
 template <auto kernel>
 unsigned resident(const Shape& shape, size_t shared_bytes) {
-  static std::mutex lock;
-  static std::map<std::tuple<int, unsigned, unsigned, size_t>, unsigned> known;
-  const std::lock_guard<std::mutex> guard(lock);
-  const auto key = std::tuple(current_device(), shape.size, shape.threads, shared_bytes);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  return known[key] = resident_clusters<kernel>(shape.size, shape.threads, shared_bytes);
+  static Answers<std::tuple<int, unsigned, unsigned, size_t>, unsigned> known;
+  return known.of({current_device(), shape.size, shape.threads, shared_bytes}, [&] {
+    return resident_clusters<kernel>(shape.size, shape.threads, shared_bytes);
+  });
 }
 
 template <class T, int S, int R, bool reverse>

@@ -83,9 +83,9 @@ class HeldRow {
 
   __device__ __forceinline__ bool leads() const { return rank_ == 0 && threadIdx.x == 0; }
 
+  static constexpr unsigned kNone = 0xffffffffu;
   // In the first row of a chunk, the number of the one after it: by the thread that leads, long
   // before it is told, as the answer takes long.
-  static constexpr unsigned kNone = 0xffffffffu;
   __device__ __forceinline__ unsigned take_chunk() const {
     if (!leads() || !shared_.begins_chunk) return kNone;
     return gridDim.x / size_ + atomicAdd(d_.counters + 1, 1u);
@@ -97,9 +97,7 @@ class HeldRow {
   }
 
   __device__ __forceinline__ void find_first() const {
-    if (threadIdx.x == 0) {
-      tell_next(first_of(blockIdx.x / size_));
-    }
+    if (threadIdx.x == 0) tell_next(first_of(blockIdx.x / size_));
     __syncthreads();
     ask_for_next();
   }

@@ -10,9 +10,10 @@
 #else
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <stdexcept>
 #include <string>
+
+#include "answers.h"
 
 namespace pycdgkd {
 namespace cuda {
@@ -68,14 +69,13 @@ cudaFuncAttributes attributes_of() {
 template <auto kernel>
 void allow_shared(size_t bytes) {
   if (bytes <= 48 * 1024) return;
-  constexpr int kDevices = 64;
-  static std::atomic<bool> allowed[kDevices];
-  const int device = current_device();
-  if (device < kDevices && allowed[device].load()) return;
-  const size_t most = device_limits().shared_bytes - attributes_of<kernel>().sharedSizeBytes;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(most)));
-  if (device < kDevices) allowed[device].store(true);
+  static Answers<int, size_t> allowed;
+  allowed.of(current_device(), [] {
+    const size_t most = device_limits().shared_bytes - attributes_of<kernel>().sharedSizeBytes;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(most)));
+    return most;
+  });
 }
 
 // Blocks of a cluster at most: 1 where the device has no clusters, or the kernel, compiled for
@@ -91,20 +91,16 @@ unsigned most_cluster_blocks() {
 }
 
 // Whether the kernel, on this device, knows to wait for what was launched before it
-// (await_previous). Asked once: the answer does not change, the questions take time.
+// (await_previous).
 template <auto kernel>
 bool can_wait() {
-  enum : int { unknown, yes, no };
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
+  static Answers<int, bool> known;
   const int device = current_device();
-  const int before = device < kDevices ? known[device].load() : unknown;
-  if (before != unknown) return before == yes;
-  int major = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  const bool can = major >= 9 && attributes_of<kernel>().ptxVersion >= 90;
-  if (device < kDevices) known[device].store(can ? yes : no);
-  return can;
+  return known.of(device, [&] {
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9 && attributes_of<kernel>().ptxVersion >= 90;
+  });
 }
 
 class Launch {

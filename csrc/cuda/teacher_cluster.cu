@@ -1,9 +1,8 @@
 // Eqs. 1-6 of a small batch in one launch of one cluster of blocks, the gradients for grad_loss = 1
 // among the results: at the paper's size a launch costs more than all arithmetic.
 #include <algorithm>
-#include <map>
-#include <mutex>
 
+#include "answers.h"
 #include "teacher_cluster_steps.cuh"
 
 namespace pycdgkd {
@@ -45,7 +44,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 }
 
 // The largest cluster that a device runs with all the shared memory of its multiprocessors; 1:
-// none. Asked once of each device: the question takes microseconds.
+// none.
 struct Cluster {
   unsigned size, threads;
   size_t shared_bytes;
@@ -53,18 +52,16 @@ struct Cluster {
 
 template <auto kernel>
 Cluster cluster_of_device() {
-  static std::mutex lock;
-  static std::map<int, Cluster> known;
-  const std::lock_guard<std::mutex> guard(lock);
-  const auto found = known.find(current_device());
-  if (found != known.end()) return found->second;
-  Cluster cluster{most_cluster_blocks<kernel>(), most_cluster_threads(),
-                  device_limits().shared_bytes};
-  const auto fits = [&] {
-    return resident_clusters<kernel>(cluster.size, cluster.threads, cluster.shared_bytes) > 0;
-  };
-  while (cluster.size > 1 && !fits()) cluster.size /= 2;
-  return known[current_device()] = cluster;
+  static Answers<int, Cluster> known;
+  return known.of(current_device(), [] {
+    Cluster cluster{most_cluster_blocks<kernel>(), most_cluster_threads(),
+                    device_limits().shared_bytes};
+    const auto fits = [&] {
+      return resident_clusters<kernel>(cluster.size, cluster.threads, cluster.shared_bytes) > 0;
+    };
+    while (cluster.size > 1 && !fits()) cluster.size /= 2;
+    return cluster;
+  });
 }
 
 int whole(int64_t count, int64_t of) { return static_cast<int>((count + of - 1) / of * of); }

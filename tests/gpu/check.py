@@ -46,13 +46,13 @@ def plan(
     stages = []
     if build:
         cuda = {"PYCDGKD_CUDA": "ON", "PYCDGKD_CUDA_ARCHS": arch, "PYCDGKD_WERROR": "ON"}
-        stages.append(Stage("build", [python, *install, str(ROOT)], 115, cuda))
+        stages.append(Stage("build", [python, *install, str(ROOT)], 105, cuda))
     ops = {"PYCDGKD_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1"}
     spread = ["-n", str(workers)] if workers > 1 else []
     chosen = ["tests/ops", "-k", "not process_group"]
-    stages.append(Stage("op tests", [*pytest, *spread, *chosen], 80, ops))
+    stages.append(Stage("op tests", [*pytest, *spread, *chosen], 75, ops))
     stages.append(Stage("on the GPU", [*pytest, "tests/gpu/test_on_gpu.py"], 50))
-    stages.append(Stage("benchmark", [python, "benchmarks/gpu.py"], 210))
+    stages.append(Stage("benchmark", [python, "benchmarks/gpu.py"], 225))
     for tool, seconds in (("memcheck", 25), ("racecheck", 45)) if sanitizer else ():
         check = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--target-processes=all"]
         # The vendor's matrix products would take minutes.
