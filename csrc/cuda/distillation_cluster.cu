@@ -1,6 +1,6 @@
 // Eq. 9 for longer rows whose 16-byte vectors are aligned: a cluster of blocks holds one row of the
 // student and of every active source in shared memory, so that each logit is read from memory once.
-// The row after it is announced to the L2 cache meanwhile, and asked for as the gradient leaves.
+// The row after it is announced to the L2 cache meanwhile, and asked for as its places fall free.
 //
 // The blocks meet twice a row: for the maxima, and for the sums of exponentials with the mean
 // slope, from which value and gradient follow. Where the value would cancel (student and sources

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   give_gradients<A>(a, batch.factor, largest);
 }
 
-// The largest cluster that a device runs with all the shared memory of its multiprocessors; 1:
-// none.
+// The largest cluster that a device runs with all the shared memory of its multiprocessors. Of
+// size 1: it runs none.
 struct Cluster {
   unsigned size, threads;
   size_t shared_bytes;
