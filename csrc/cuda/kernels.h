@@ -12,7 +12,7 @@
 namespace pycdgkd {
 namespace cuda {
 
-inline constexpr int64_t kFewClasses = 32;  // pycdgkd/ops/registration.py: FEW_CLASSES
+inline constexpr int64_t kFewClasses = 32;  // pycdgkd/ops/registration.py: few_classes
 
 enum class LabelType : int32_t { int64, int32, uint8 };
 

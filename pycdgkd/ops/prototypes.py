@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .registration import (
-    FEW_CLASSES,
     REDUCTIONS,
     STATISTICS,
     backward_kernel,
     centred_size,
+    few_classes,
     is_final,
     kernel,
     new,
@@ -86,7 +86,7 @@ def _prototype_loss_fake(
     loss = new(features, rows) if by_row else new(features)
     saved = []
     if need_features or need_prototypes:
-        if classes <= FEW_CLASSES:
+        if few_classes(features, classes):
             saved = [new(features, rows, classes)]
             if stays_on_device(features):
                 saved.append(new(features, STATISTICS, dtype=torch.float64))

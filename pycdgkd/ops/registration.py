@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pycdgkd import _C  # noqa: F401  importing it registers the schemas and the kernels
 
-FEW_CLASSES = 32  # csrc/cpu_modality.h: up to here an (N, K) residual is kept for the backward pass
 # Up to here the forward pass of teacher_loss makes the gradients at once: elements of all features
 # (csrc/cpu_teacher_ops.cpp) and, on a device, modalities and their rows
 # (csrc/cuda_teacher_ops.cpp).
@@ -47,6 +46,13 @@ def centred_size(width: int | torch.SymInt, classes: int | torch.SymInt) -> Any:
 def stays_on_device(tensor: Tensor) -> bool:
     """Whether an op on this tensor must not look at values on the host."""
     return tensor.device.type in UNSEEN_DEVICES
+
+
+def few_classes(like: Tensor, classes: int | torch.SymInt) -> Any:
+    """Whether an (N, K) residual is kept for the backward pass of prototype losses
+    (csrc/cpu_modality.h, csrc/cuda/kernels.h: kFewClasses).
+    """
+    return classes <= (32 if stays_on_device(like) else 40)
 
 
 def register(name: str, fake: Any, backward: Any = None, setup_context: Any = None) -> None:

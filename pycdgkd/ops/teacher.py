@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .registration import (
-    FEW_CLASSES,
     SMALL_FEATURES,
     SMALL_MODALITIES,
     SMALL_ROWS,
@@ -17,6 +16,7 @@ from .registration import (
     backward_kernel,
     can_look,
     centred_size,
+    few_classes,
     is_final,
     kernel,
     may_take_over,
@@ -33,7 +33,7 @@ def _makes_gradients(logits: Tensor, features: Sequence[Tensor]) -> bool:
     """Whether the forward pass of such a batch leaves the gradients for grad_loss = 1."""
     rows, classes = logits.shape
     dtype, count = arithmetic_dtype(logits.dtype), len(features)
-    small = classes <= FEW_CLASSES and sum(z.numel() for z in features) <= SMALL_FEATURES
+    small = few_classes(logits, classes) and sum(z.numel() for z in features) <= SMALL_FEATURES
     if stays_on_device(logits):
         small = small and count <= SMALL_MODALITIES and count * rows <= SMALL_ROWS
     return small and all(z.dtype == dtype for z in features)
@@ -52,7 +52,7 @@ def _teacher_loss_fake(
     need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     rows, classes = logits.shape
-    count, few = len(features), classes <= FEW_CLASSES
+    count, few = len(features), few_classes(logits, classes)
     saved = []
     if need_grad and not need_prototypes and _makes_gradients(logits, features):
         saved = [new(logits, *logits.shape), *(new(z, *z.shape) for z in features)]

@@ -12,7 +12,7 @@ from torch import Tensor
 import pycdgkd
 
 N, K, WIDTHS = 33, 4, (9, 5)
-MANY = 40  # classes: prototype losses go another way above 32
+FEW, MANY = 40, 70  # classes: prototype losses go another way above 40 (32 on a device)
 Inputs = list[Tensor]
 
 

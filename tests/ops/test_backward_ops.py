@@ -10,7 +10,7 @@ import pytest
 import torch
 
 N, D, K, M = 5, 4, 3, 2
-MANY = 40  # classes: no residual is kept, but the gradients for grad_loss = 1
+MANY = 70  # classes: no residual is kept, but the gradients for grad_loss = 1
 ops = torch.ops.pycdgkd
 Z, C, S = torch.randn(N, D), torch.randn(K, D), torch.randn(N, K)
 Y, COUNTS = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([2, 2, 1])
@@ -134,11 +134,11 @@ def test_prototype_loss_backward(changed: dict[str, Any], message: str) -> None:
         ({"saved": UNIT, "grad_loss": torch.ones(N)}, f"saved: {LEFT}0 tensors, got 2"),
         ({"saved": [UNIT[0][:2], UNIT[1]]}, f"saved[0]: {LEFT}float32 of shape (5, 4)"),
         ({"saved": [UNIT[0].double(), UNIT[1]]}, f"saved[0]: {LEFT}float32 of shape (5, 4)"),
-        ({"saved": [UNIT[0], torch.randn(D, MANY).t()]}, f"saved[1]: {LEFT}float32 of shape (40"),
-        ({"saved": [UNIT[0], torch.randn(0)]}, f"saved[1]: {LEFT}float32 of shape (40, 4)"),
+        ({"saved": [UNIT[0], torch.randn(D, MANY).t()]}, f"saved[1]: {LEFT}float32 of shape (70"),
+        ({"saved": [UNIT[0], torch.randn(0)]}, f"saved[1]: {LEFT}float32 of shape (70, 4)"),
         ({"features": Z[:2], "labels": Y[:2]}, f"saved[0]: {LEFT}float32 of shape (2, 4)"),
-        ({"prototypes": CS[:33]}, f"saved[1]: {LEFT}float32 of shape (33, 4)"),
-        ({"class_counts": COUNTS}, "class_counts: expected int64 of shape (40,)"),
+        ({"prototypes": CS[:65]}, f"saved[1]: {LEFT}float32 of shape (65, 4)"),
+        ({"class_counts": COUNTS}, "class_counts: expected int64 of shape (70,)"),
     ],
 )
 def test_prototype_loss_backward_of_many_classes(changed: dict[str, Any], message: str) -> None:
@@ -188,7 +188,7 @@ def test_teacher_loss_backward_of_many_classes() -> None:
         "logits": torch.randn(N, MANY),
         "saved": [
             STATISTICS,
-            torch.zeros(M * ((1 + MANY) * 16 + 48)),
+            torch.zeros(M * ((1 + MANY) * 16 + 80)),
             torch.randn(1, N, MANY),
         ],
     }
@@ -196,9 +196,9 @@ def test_teacher_loss_backward_of_many_classes() -> None:
     assert teacher_backward(**wide)[0].shape == (N, MANY)
     for changed, message in (
         ({"labels": Y[:2]}, "labels: expected shape (5,)"),
-        ({"labels": Y - 1}, "labels[0]: expected a class from 0 to 39"),
-        ({"class_counts": COUNTS}, "class_counts: expected int64 of shape (40,)"),
-        ({"saved": parts}, f"saved[2]: {LEFT}float32 of shape (1, 5, 40)"),
+        ({"labels": Y - 1}, "labels[0]: expected a class from 0 to 69"),
+        ({"class_counts": COUNTS}, "class_counts: expected int64 of shape (70,)"),
+        ({"saved": parts}, f"saved[2]: {LEFT}float32 of shape (1, 5, 70)"),
     ):
         expected = re.escape(f"pycdgkd.teacher_loss_backward: {message}")
         with pytest.raises(RuntimeError, match=expected):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenarios import MANY, K, N, inputs
+from scenarios import FEW, MANY, K, N, inputs
 from torch import Tensor
 from torch.library import opcheck
 
@@ -91,7 +91,7 @@ def other_calls() -> Iterator[Call]:
 
 
 CALLS = {name: (op, call) for name, op, call in other_calls()}
-for size in (K, MANY):
+for size in (K, FEW, MANY):
     CALLS |= {f"{name}-{size}": (op, call) for name, op, call in prototype_calls(size)}
 
 

@@ -92,7 +92,8 @@ def compare(
         (129, 2, (511, 64)),
         (129, 31, (33, 7)),
         (1, 33, (7, 4)),
-        (33, 40, (9, 65)),
+        (1, 65, (7, 4)),
+        (33, 70, (9, 65)),
         (700, 300, (5,)),
     ],
 )
@@ -114,7 +115,7 @@ def test_matches_reference(
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1e3])
-@pytest.mark.parametrize("K", [2, 40])
+@pytest.mark.parametrize("K", [2, 70])
 def test_features_far_from_the_origin(offset: float, K: int, given: bool, detach: bool) -> None:
     """Batch means are float32 tensors: at norm 1000 their own rounding is 4e-5 of the gradient."""
     logits, features, labels, prototypes = problem(129, K, (512, 64), offset=offset)
@@ -129,8 +130,8 @@ def test_features_far_from_the_origin(offset: float, K: int, given: bool, detach
 
 
 @pytest.mark.parametrize("proto_weight", [0.0, 0.5, 1.0])
-# 40 classes at 0.01: rates differ by 0.2 %, and lambda is their difference over one of them.
-@pytest.mark.parametrize(("K", "scale"), [(4, 0.01), (4, 1.0), (4, 3.0), (40, 0.3), (40, 3.0)])
+# Not many classes at 0.01: rates differ by 0.2 %, and lambda is their difference over one of them.
+@pytest.mark.parametrize(("K", "scale"), [(4, 0.01), (4, 1.0), (4, 3.0), (70, 0.3), (70, 3.0)])
 def test_options(proto_weight: float, K: int, scale: float) -> None:
     compare(*problem(33, K, (9, 5)), proto_weight=proto_weight, scale=scale)
 
@@ -138,7 +139,7 @@ def test_options(proto_weight: float, K: int, scale: float) -> None:
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("K", [3, 40])
+@pytest.mark.parametrize("K", [3, 70])
 def test_any_strides(dtype: torch.dtype, layout: str, given: bool, K: int) -> None:
     view = (LAYOUTS | {"expanded": expanded})[layout]
     other = (LAYOUTS | {"expanded": expanded_columns})[layout]
@@ -152,7 +153,7 @@ def test_any_strides(dtype: torch.dtype, layout: str, given: bool, K: int) -> No
     )
 
 
-@pytest.mark.parametrize(("N", "K"), [(33, 3), (99, 40)])
+@pytest.mark.parametrize(("N", "K"), [(33, 3), (99, 70)])
 def test_mixed_lower_precisions(N: int, K: int) -> None:
     logits, features, labels, prototypes = problem(N, K, (16, 9))
     halves = [features[0].bfloat16(), features[1].half()]
@@ -163,7 +164,7 @@ def test_mixed_lower_precisions(N: int, K: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("ignore_index", [-100, 1, 255])
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("K", [4, 40])
+@pytest.mark.parametrize("K", [4, 41])
 def test_labels_and_ignored_rows(
     dtype: torch.dtype, ignore_index: int, given: bool, K: int
 ) -> None:
@@ -188,7 +189,7 @@ def test_labels_and_ignored_rows(
 
 
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("K", [5, 40])
+@pytest.mark.parametrize("K", [5, 70])
 def test_absent_classes(given: bool, K: int) -> None:
     """Rows of an absent class still count in the cross-entropy."""
     logits, features, labels, prototypes = problem(60, K, (9, 5))
@@ -203,7 +204,7 @@ def test_absent_classes(given: bool, K: int) -> None:
 
 
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("K", [3, 40])
+@pytest.mark.parametrize("K", [3, 70])
 def test_one_class_in_the_batch_looks_converged(detach: bool, K: int) -> None:
     """With batch means: probability 1, rate N, loss and gradient 0."""
     logits, features, _, _ = problem(10, K, (4, 6))
@@ -217,7 +218,7 @@ def test_one_class_in_the_batch_looks_converged(detach: bool, K: int) -> None:
 
 @pytest.mark.parametrize("labels", [torch.zeros(0, dtype=torch.int64), torch.full((5,), -100)])
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("K", [3, 40])
+@pytest.mark.parametrize("K", [3, 70])
 def test_no_row_takes_part(labels: Tensor, given: bool, K: int) -> None:
     N = len(labels)
     leaves = [torch.randn(N, K, requires_grad=True), torch.randn(N, 4, requires_grad=True)]
@@ -231,7 +232,7 @@ def test_no_row_takes_part(labels: Tensor, given: bool, K: int) -> None:
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
 
-@pytest.mark.parametrize("K", [2, 40])
+@pytest.mark.parametrize("K", [2, 70])
 def test_no_class_seen_yet_leaves_the_cross_entropy(K: int) -> None:
     """A PrototypeBank before its first refresh: counts 0. The loss must not be NaN."""
     logits, features, labels, _ = problem(17, K, (4, 6))
@@ -245,7 +246,7 @@ def test_no_class_seen_yet_leaves_the_cross_entropy(K: int) -> None:
     assert torch.autograd.grad(result.loss, leaf)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("K", [3, 40])
+@pytest.mark.parametrize("K", [3, 70])
 def test_undetached_batch_means_only_move_rows_against_each_other(K: int) -> None:
     """The loss does not change if all features of a modality move together."""
     logits, features, labels, _ = problem(129, K, (64, 33), torch.float64)
@@ -256,7 +257,7 @@ def test_undetached_batch_means_only_move_rows_against_each_other(K: int) -> Non
     assert result.modality_weights.max() > 0
 
 
-@pytest.mark.parametrize("K", [3, 40])
+@pytest.mark.parametrize("K", [3, 70])
 def test_weights_are_never_differentiated(K: int) -> None:
     """lambda moves the gradient by its value alone: as if it were a constant."""
     logits, features, labels, prototypes = problem(17, K, (4, 6), torch.float64)
@@ -271,7 +272,7 @@ def test_weights_are_never_differentiated(K: int) -> None:
 
 @pytest.mark.parametrize("grad_output", [0.0, -2.5, 2.0**16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("K", [3, 40])
+@pytest.mark.parametrize("K", [3, 70])
 def test_gradient_outputs(dtype: torch.dtype, grad_output: float, K: int) -> None:
     logits, features, labels, prototypes = problem(18, K, (5, 9), dtype)
     tensors = [logits, *features, *prototypes]
@@ -290,7 +291,7 @@ def test_gradient_outputs(dtype: torch.dtype, grad_output: float, K: int) -> Non
 
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("K", [3, 33])
+@pytest.mark.parametrize("K", [3, 65])
 def test_gradcheck(given: bool, detach: bool, K: int) -> None:
     """Means that are to be detached are passed as constants: numbers would see through detach."""
     logits, _, labels, prototypes = problem(7, K, (4, 2), torch.float64)
@@ -322,7 +323,7 @@ def test_gradcheck(given: bool, detach: bool, K: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("K", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (40, torch.float32)]
+    ("K", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (70, torch.float32)]
 )
 def test_an_infinite_cross_entropy_of_weight_0_takes_no_part(K: int, dtype: torch.dtype) -> None:
     logits, labels = make_logits(6, K), make_labels(6, 2)
