@@ -23,10 +23,7 @@ class Batch(NamedTuple):
     generator: torch.Generator
 
 
-FEW_CLASSES, ALSO_MANY = (
-    st.integers(1, 9),
-    st.integers(1, 9) | st.integers(31, 45),
-)
+FEW_CLASSES, ALSO_MANY = st.integers(1, 9), st.integers(1, 9) | st.integers(31, 45)
 
 
 @st.composite

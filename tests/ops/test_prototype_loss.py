@@ -233,7 +233,7 @@ def test_sure_rows_keep_a_relatively_exact_loss(margin: float, K: int) -> None:
     torch.testing.assert_close(grad.double()[:, :K], expected[:, :K], rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("more", [0, 30])
+@pytest.mark.parametrize("more", [0, 30, 70])
 def test_hopeless_rows_keep_their_loss_and_gradient(more: int) -> None:
     """True probability underflows to 0: ProxyNCA implementations drop such rows."""
     prototypes = torch.tensor([[0.0, 0.0], [30.0, 0.0], [0.0, 40.0], *[[-99.0, 9.0]] * more])
