@@ -168,7 +168,7 @@ def test_mixed_lower_precisions(N: int, K: int) -> None:
 def test_labels_and_ignored_rows(
     dtype: torch.dtype, ignore_index: int, given: bool, K: int
 ) -> None:
-    logits, features, labels, prototypes = problem(33, K, (9, 5))
+    logits, features, labels, prototypes = problem(99, K, (9, 5))
     if dtype != torch.uint8 or ignore_index > 0:
         labels[[0, 5, 16]] = ignore_index
     labels = labels.to(dtype).repeat_interleave(2)[::2]
