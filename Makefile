@@ -103,7 +103,7 @@ gpu-check:
 # Op tests against a build that traps bad memory accesses and undefined behaviour, the CUDA kernels'
 # among them. Tracing tests are left out: they exercise Python, not the kernels.
 SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-  ASAN_OPTIONS=detect_leaks=0
+  ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255
 sanitize: install
 	$(call environment_beside,build/sanitize)
 	PATH="$(abspath $(BIN)):$$PATH" PYCDGKD_SANITIZE=address,undefined PYCDGKD_CUDA=OFF \

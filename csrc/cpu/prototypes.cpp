@@ -37,79 +37,97 @@ void centre(const CentrePrototypes& c) {
   }
 }
 
+// As many columns of products at once as registers hold.
+inline constexpr int kColumns = kVectorBytes == 64 ? 5 : 2;
+
 // Apart from the loops that fill the sums: beside this the compiler would keep them in memory
 // there.
 template <class A>
-[[gnu::noinline]] void sum_up(const Vector<A>* sums, int rows, int columns, A (*out)[kRows]) {
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < columns; ++c) out[c][r] = sum_of<A>(sums[r * columns + c]);
+[[gnu::noinline]] void sum_up(const Vector<A>* sums, int columns, A (*out)[kRows]) {
+  for (int c = 0; c < columns; ++c) {
+    const Vector<A>* s = sums + c;
+    Halves<A, kVectorBytes>::four(s[0], s[columns], s[2 * columns], s[3 * columns], out[c]);
   }
 }
 
-// sums[r][c] = (x_r - mean) . y_c
-template <class A, int R, int C>
-inline void dot_step(const Vector<A> (&x)[R], const A* mean, const A* y, int64_t stride,
-                     Vector<A> (&sums)[R][C]) {
-  const Vector<A> m = load(mean);
-  Vector<A> centred[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) centred[r] = x[r] - m;
+// sums[r][c] += x_r . y_c
+template <class A, int C>
+inline void dot_step(const Vector<A> (&x)[kRows], const A* y, int64_t stride,
+                     Vector<A> (&sums)[kRows][C]) {
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
     const Vector<A> v = load(y + c * stride);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[r][c] += centred[r] * v;
+    for (int r = 0; r < kRows; ++r) sums[r][c] += x[r] * v;
   }
 }
 
-// `ahead` elements further lie the rows that come next: they are fetched while these are worked on.
-template <class A, int R, int C>
-void dot_tile(const A* const (&x)[R], int64_t D, const CentredArrays<A>& p, int64_t first,
-              int64_t ahead, A (*out)[kRows]) {
+// Products of four rows minus the mean, or of centred ones, which are whole vectors. What comes
+// next is fetched meanwhile: a row beside centred ones, since more tiles follow, and else four as
+// far apart as these. Null: nothing.
+template <class A, int C, bool Centred>
+[[gnu::noinline]] void dot_tile(const A* const (&x)[kRows], int64_t D, const CentredArrays<A>& p,
+                                int64_t first, const A* next, A (*out)[kRows]) {
+  const int64_t ahead = !Centred && next != nullptr ? next - x[0] : 0;
   const A* y = p.row(first);
-  Vector<A> sums[R][C];
-  Vector<A> v[R];
+  Vector<A> sums[kRows][C];
+  Vector<A> v[kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) sums[r][c] = Vector<A>{};
   }
   int64_t j = 0;
-  for (; j + kWidth<A> <= D; j += kWidth<A>) {
+  for (; Centred ? j < D : j + kWidth<A> <= D; j += kWidth<A>) {
+    if (Centred && next != nullptr) __builtin_prefetch(next + j);
     if (ahead != 0) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) __builtin_prefetch(x[r] + j + ahead);
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(x[r] + j + ahead);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) v[r] = load(x[r] + j);
-    dot_step<A, R, C>(v, p.mean + j, y + j, p.stride, sums);
+    for (int r = 0; r < kRows; ++r) {
+      v[r] = load(x[r] + j);
+      if (!Centred) v[r] -= load(p.mean + j);
+    }
+    dot_step<A, C>(v, y + j, p.stride, sums);
   }
-  if (j < D) {
+  if (!Centred && j < D) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) v[r] = load_part(x[r] + j, D - j);
-    dot_step<A, R, C>(v, p.mean + j, y + j, p.stride, sums);
+    for (int r = 0; r < kRows; ++r) v[r] = load_part(x[r] + j, D - j) - load(p.mean + j);
+    dot_step<A, C>(v, y + j, p.stride, sums);
   }
-  sum_up<A>(&sums[0][0], R, C, out + first);
+  sum_up<A>(&sums[0][0], C, out + first);
 }
 
-// Products with `count` rows of the prototypes from `first` on, as many at once as registers hold.
+template <class A, bool Centred, int C = kColumns, class... Args>
+void tile_of(int columns, const Args&... args) {
+  if constexpr (C > 1) {
+    if (columns < C) return tile_of<A, Centred, C - 1>(columns, args...);
+  }
+  dot_tile<A, C, Centred>(args...);
+}
+
+// Products with all prototypes, shared out among tiles evenly: one column alone would wait for its
+// additions.
+template <class A, bool Centred>
+void dot_rows(const A* const (&x)[kRows], int64_t D, const CentredArrays<A>& p, int K,
+              const A* next, int64_t next_stride, A (*out)[kRows]) {
+  int first = 0;
+  for (int t = 0, left = (K + kColumns - 1) / kColumns; left > 0; ++t, --left) {
+    const int columns = left == 1 ? K - first : (K - first + left - 1) / left;
+    const bool fetch = next != nullptr && (Centred ? t < kRows : left == 1);
+    const A* row = fetch ? next + (Centred ? t * next_stride : 0) : nullptr;
+    tile_of<A, Centred>(columns, x, D, p, first, row, out);
+    first += columns;
+  }
+}
+
+// to = x - mean, filled up with zeros to whole vectors; it may be where x lies.
 template <class A>
-void dot_rows(const A* const (&x)[kRows], int64_t D, const CentredArrays<A>& p, int64_t first,
-              int64_t count, int64_t ahead, A (*out)[kRows]) {
-  constexpr int wide = kVectorBytes == 64 ? 5 : 2;
-  const int64_t end = first + count;
-  for (; first + wide <= end; first += wide) {
-    dot_tile<A, kRows, wide>(x, D, p, first, first + wide == end ? ahead : 0, out);
-  }
-  if (wide > 3 && first + 3 <= end) {
-    dot_tile<A, kRows, 3>(x, D, p, first, first + 3 == end ? ahead : 0, out);
-    first += 3;
-  }
-  if (first + 2 <= end) {
-    dot_tile<A, kRows, 2>(x, D, p, first, first + 2 == end ? ahead : 0, out);
-    first += 2;
-  }
-  if (first < end) dot_tile<A, kRows, 1>(x, D, p, first, ahead, out);
+void centre_row(const A* x, int64_t D, const A* mean, A* to) {
+  int64_t j = 0;
+  for (; j + kWidth<A> <= D; j += kWidth<A>) store<A>(load(x + j) - load(mean + j), to + j);
+  if (j < D) store<A>(load_part(x + j, D - j) - load(mean + j), to + j);
 }
 
 template <class A>
@@ -139,19 +157,29 @@ template <class A>
 void four_logits(const PrototypeForward& p, const Matrix& features, int64_t N,
                  const CentredArrays<A>& c, int64_t first, A* logits, ForwardWork<A>& work) {
   const A* x[kRows];
-  const bool in_place = four_rows(features, first, N, 0, p.D, work.rows, padded(p.D), x);
-  const int64_t ahead = in_place && first + 2 * kRows <= N ? kRows * features.row_stride : 0;
+  const bool in_place = four_rows(features, first, N, 0, p.D, work.rows, c.stride, x);
+  const int64_t stride = features.row_stride;
+  const A* next = in_place && first + 2 * kRows <= N ? x[0] + kRows * stride : nullptr;
   const A twice = static_cast<A>(2.0 * p.scale);
+  const int K = static_cast<int>(p.K);
   constexpr A lowest = std::numeric_limits<A>::lowest();
   if (p.K == 2 && c.bias[0] >= lowest && c.bias[1] >= lowest) {  // two classes that take part
-    dot_rows(x, p.D, c, 2, 1, ahead, work.products);
+    dot_tile<A, 1, false>(x, p.D, c, 2, next, work.products);
     for (int r = 0; r < kRows; ++r) {
       logits[r] = twice * work.products[2][r] + (c.bias[0] - c.bias[1]);
       logits[kLanes + r] = A(0);
     }
     return;
   }
-  dot_rows(x, p.D, c, 0, p.K, ahead, work.products);
+  if (p.K > (kRows - 1) * kColumns) {  // tiles enough to pay for copies, and to fetch a row each
+    for (int r = 0; r < kRows; ++r) {
+      centre_row(x[r], p.D, c.mean, work.rows + r * c.stride);
+      x[r] = work.rows + r * c.stride;
+    }
+    dot_rows<A, true>(x, p.D, c, K, next, stride, work.products);
+  } else {
+    dot_rows<A, false>(x, p.D, c, K, next, stride, work.products);
+  }
   for (int64_t k = 0; k < p.K; ++k) {
     for (int r = 0; r < kRows; ++r) {
       logits[k * kLanes + r] = twice * work.products[k][r] + c.bias[k];

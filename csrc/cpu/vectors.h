@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -65,27 +66,60 @@ inline Vector<double> load_part(const double* from, int64_t count) {
 }
 #endif
 
-// The sum of the elements, halves added to halves.
+// Of each four elements the first (Second = 0) or second half of a's and of b's: in turn, or one
+// after the other. Spelt so that compilers see one shuffle.
+template <size_t Second, class V, size_t... I>
+inline V in_turn(const V& a, const V& b, std::index_sequence<I...>) {
+  return V{(I % 2 == 0 ? a : b)[I / 4 * 4 + 2 * Second + I % 4 / 2]...};
+}
+template <size_t Second, class V, size_t... I>
+inline V side_by_side(const V& a, const V& b, std::index_sequence<I...>) {
+  return V{(I % 4 < 2 ? a : b)[I / 4 * 4 + 2 * Second + I % 2]...};
+}
+
+// Sums of the elements, halves added to halves.
 template <class A, int64_t Bytes>
 struct Halves {
   typedef A whole __attribute__((vector_size(Bytes)));
   typedef A half __attribute__((vector_size(Bytes / 2)));
-  static A sum(const whole& v) {
+  static constexpr int64_t width = Bytes / static_cast<int64_t>(sizeof(A));
+
+  static half added(const whole& v) {
     half low, high;
     std::memcpy(&low, &v, sizeof(low));
     std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return Halves<A, Bytes / 2>::sum(low + high);
+    return low + high;
   }
-};
-template <class A>
-struct Halves<A, 16> {
-  typedef A whole __attribute__((vector_size(16)));
+
   static A sum(const whole& v) {
-    A x[16 / sizeof(A)];
-    std::memcpy(x, &v, sizeof(v));
-    A total = A(0);
-    for (const A& element : x) total += element;
-    return total;
+    if constexpr (Bytes == 16) {
+      A total = A(0);
+      for (int64_t i = 0; i < width; ++i) total += v[i];
+      return total;
+    } else {
+      return Halves<A, Bytes / 2>::sum(added(v));
+    }
+  }
+
+  // The sums of four vectors, side by side.
+  static void four(const whole& a, const whole& b, const whole& c, const whole& d, A* out) {
+    if constexpr (width < 4) {
+      const A sums[4] = {sum(a), sum(b), sum(c), sum(d)};
+      std::memcpy(out, sums, sizeof(sums));
+    } else if constexpr (Bytes == 64) {  // halves can be read from memory, which takes no shuffle
+      Halves<A, Bytes / 2>::four(added(a), added(b), added(c), added(d), out);
+    } else {
+      constexpr auto all = std::make_index_sequence<width>();
+      const whole ab = in_turn<0>(a, b, all) + in_turn<1>(a, b, all);
+      const whole cd = in_turn<0>(c, d, all) + in_turn<1>(c, d, all);
+      const whole fours = side_by_side<0>(ab, cd, all) + side_by_side<1>(ab, cd, all);
+      if constexpr (width == 4) {
+        std::memcpy(out, &fours, sizeof(fours));
+      } else {
+        const half sums = added(fours);
+        std::memcpy(out, &sums, sizeof(sums));
+      }
+    }
   }
 };
 

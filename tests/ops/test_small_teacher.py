@@ -73,7 +73,8 @@ def test_every_number_of_classes(K: int, dtype: torch.dtype, given: bool) -> Non
 def test_every_number_of_modalities(K: int, M: int, given: bool) -> None:
     widths = (17, 3, 64, 1, 33, 8, 12, 130)[:M]
     logits, features, labels, prototypes = problem(35, K, widths)
-    compare(logits, features, labels, prototypes if given else None)
+    chosen = prototypes if given else None
+    compare(logits, features, labels, chosen, tolerance=NEAR_RATES)  # of seven rates two are near
 
 
 @GIVEN
