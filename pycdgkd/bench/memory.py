@@ -2,8 +2,8 @@
 
 Torch's allocation events miss what matrix products and C++ allocate for themselves, so the
 kernel's high-water mark of resident memory is read (Linux). Each contestant runs in a fork of its
-own of a fresh process that holds the inputs; a small twin of the case has run before, so that
-libraries are loaded; the C library returns every large block at once.
+own of a fresh process that holds the inputs, once unmeasured, so that the pages of the libraries
+that it calls are there, and once measured; the C library returns every large block at once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ def _main(name: str) -> None:
 
     torch.set_num_threads(1)
     (case,) = (case for case in select(name) if case.name == name)
-    small = {one.name: one for one in lineup(make_inputs(case.shrunk()), compiled=False)}
     found = {}
     for one in lineup(make_inputs(case), compiled=False):
         if one.layer not in ("public", "peer"):
@@ -68,7 +67,7 @@ def _main(name: str) -> None:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            small[one.name].result()
+            one.result()
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak
             before = _status("VmRSS")
             one.result()
