@@ -101,7 +101,8 @@ gpu-check:
 	$(PYTHON) tests/gpu/check.py
 
 # Op tests against a build that traps bad memory accesses and undefined behaviour, the CUDA kernels'
-# among them. Tracing tests are left out: they exercise Python, not the kernels.
+# among them. Fresh memory is NaN there: what is read before it is written shows. Tracing tests are
+# left out: they exercise Python, not the kernels.
 SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255
 sanitize: install

@@ -99,6 +99,7 @@ template <class A, int C, bool Centred>
   sum_up<A>(&sums[0][0], C, out + first);
 }
 
+// dot_tile of so many columns, kColumns at most.
 template <class A, bool Centred, int C = kColumns, class... Args>
 void tile_of(int columns, const Args&... args) {
   if constexpr (C > 1) {
@@ -108,7 +109,7 @@ void tile_of(int columns, const Args&... args) {
 }
 
 // Products with all prototypes, shared out among tiles evenly: one column alone would wait for its
-// additions.
+// additions. Up to kColumns nothing is divided, which small batches would notice.
 template <class A, bool Centred>
 void dot_rows(const A* const (&x)[kRows], int64_t D, const CentredArrays<A>& p, int K,
               const A* next, int64_t next_stride, A (*out)[kRows]) {
